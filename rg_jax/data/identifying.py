@@ -1,0 +1,95 @@
+"""Which elements of a DICOM header may identify someone.
+
+Told by keyword, never by value: the answer goes into reports and logs. It follows the basic
+confidentiality profile of DICOM PS3.15 as far as its elements occur in images. It cannot see what
+is burned into the pixels, free text in other elements, or private elements.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Names of people (VR PN) and dates (DA, DT) count wherever they stand and are not listed.
+KEYWORDS = frozenset(
+    (
+        *("PatientID", "OtherPatientIDs", "PatientBirthDate", "PatientBirthTime", "PatientAddress"),
+        *("PatientTelephoneNumbers", "PatientTelecomInformation", "PatientComments"),
+        *("IssuerOfPatientID", "MedicalRecordLocator", "EthnicGroup", "Occupation"),
+        *("MilitaryRank", "CountryOfResidence", "RegionOfResidence", "PatientReligiousPreference"),
+        *("AdditionalPatientHistory", "AccessionNumber", "AdmissionID", "LastMenstrualDate"),
+        *("StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "AcquisitionDateTime"),
+        *("InstanceCreationDate", "DateOfSecondaryCapture", "PerformedProcedureStepStartDate"),
+        *("ScheduledProcedureStepStartDate", "AdmittingDate"),
+        *("InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "StationName"),
+        *("DeviceSerialNumber", "RequestingService", "CurrentPatientLocation"),
+        *("PatientInstitutionResidence", "PersonAddress", "PersonTelephoneNumbers"),
+        *("ReferringPhysicianAddress", "ReferringPhysicianTelephoneNumbers"),
+        *("PlacerOrderNumberImagingServiceRequest", "FillerOrderNumberImagingServiceRequest"),
+        *("ImageComments", "RequestedProcedureComments", "StudyComments", "VisitComments"),
+    )
+)
+_PSEUDONYMS = ("PatientName", "PatientID", "OtherPatientIDs")
+# What an anonymiser writes into a name or an id: one such word, and digits. More than three digits
+# without a word are what hospitals number their patients with.
+_PLACEHOLDER = re.compile(
+    r"\W*\d{0,3}\W*|(?:anon\w{0,9}|pseudo\w{0,4}|de-?identified|removed|redacted|patient|subject|case|study"
+    r"|unknown|none|no[ _^]?name|phantom|test|na|n/a|x+)[\W_]*\d*",
+    re.IGNORECASE,
+)
+_DUMMY_DATES = ("19000101", "00000000", "00010101", "19700101")
+
+
+def identifying_keywords(dataset: Any) -> tuple[str, ...]:
+    """The keywords, sorted, of all elements of a pydicom data set that may identify someone.
+
+    Empty elements and what anonymisers leave ("ANON^0006", "Anonymous", 1900-01-01) do not
+    count. Where the header says that the identity was removed, an id counts as a pseudonym, and a
+    name does if it holds a digit; birth dates, addresses and real names count all the same.
+    Elements inside sequences are looked at too.
+    """
+    removed = str(dataset.get("PatientIdentityRemoved") or "").upper() == "YES"
+    found = {
+        keyword for keyword, value in _elements(dataset) if not _harmless(keyword, value, removed)
+    }
+    if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES":
+        found.add("BurnedInAnnotation")
+    return tuple(sorted(found))
+
+
+def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
+    """(keyword, value) of the elements in question that hold something."""
+    from pydicom.datadict import dictionary_keyword, dictionary_VR
+
+    for tag in list(dataset.keys()):
+        if tag.is_private:
+            continue
+        # Raw elements know their VR (implicit files: the dictionary does): most of a header is
+        # passed over without being parsed.
+        try:
+            keyword, vr = dictionary_keyword(tag), dictionary_VR(tag)
+        except KeyError:
+            continue
+        if vr not in ("SQ", "PN", "DA", "DT") and keyword not in KEYWORDS:
+            continue
+        try:
+            value = dataset[tag].value
+        except Exception:  # damaged: it cannot be ruled out that it names someone
+            yield keyword, "unreadable"
+            continue
+        if vr == "SQ":
+            for item in value or ():
+                yield from _elements(item)
+        elif value is not None and (text := str(value).strip(" ^=\0")):
+            yield keyword, text
+
+
+def _harmless(keyword: str, value: str, removed: bool) -> bool:
+    if keyword in _PSEUDONYMS or keyword.endswith("Name"):
+        if _PLACEHOLDER.fullmatch(value):
+            return True
+        return (
+            removed
+            and (keyword != "PatientName" or any(map(str.isdigit, value)))
+            and (keyword in _PSEUDONYMS)
+        )
+    return value in _DUMMY_DATES or value[:8] in _DUMMY_DATES

@@ -1,0 +1,359 @@
+"""Pixel values → model input, and → 8-bit pictures for people.
+
+    CT slice    clip at -1000 HU, then three windows as three channels (medgemma style)
+    MR slice    min-max of the slice (or its percentiles), one channel repeated
+    picture     (H, W, 3) uint8 of any modality: resized first, by antialiased bicubic on 8-bit RGB
+
+Slices are normalised first and resized then: bilinear, half-pixel centres, no antialiasing, which
+reads two neighbours per axis and output pixel. So only those pixels are normalised where that is
+less work; the result is the same number by number, as every style works pixel by pixel.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
+
+from rg_jax.data.augment import AugmentConfig, Crop, Draw, draw
+from rg_jax.errors import UserError
+
+STYLES = ("medgemma", "percentile", "min_max", "dataset_stats")
+
+CT_MIN = -1000.0
+CT_WINDOWS = ((2250.0, -100.0), (350.0, 40.0), (80.0, 40.0))  # (width, level) in HU
+WINDOWS = {"wide": CT_WINDOWS[0], "soft": CT_WINDOWS[1], "brain": CT_WINDOWS[2]}
+# Mean and standard deviation: CT and MR in raw units, pictures per data set on [0, 1].
+DATASET_STATS = {
+    "CT": (-610.1908535827807, 737.3882466073229),
+    "MR": (141.1154960399739, 255.40429635138338),
+    "slake": (0.2526479, 0.2969230),
+    "vqa_rad": (0.3090255, 0.2935555),
+}
+# One bright pixel must not darken an MR slice: the share cut off at either end.
+MR_PERCENTILES = (0.5, 99.5)
+
+_EPS = 1e-5  # in the denominators of the published code: a constant slice becomes all minimum
+
+# What a style gives for a slice: a function of some of its pixels (any shape) that puts the
+# channels in front. Whatever needs the whole slice (its extremes) is settled before.
+_PixelFunction = Callable[[np.ndarray], np.ndarray]
+
+
+def prepare_image(
+    record: dict[str, Any],
+    size: int,
+    style: str = "medgemma",
+    augment: AugmentConfig | None = None,
+    rng: np.random.Generator | None = None,
+    drawn: Draw | None = None,
+) -> tuple[Float[np.ndarray, "S S 3"], Crop]:
+    """A decoded record's image as the model sees it, and the part of the source that it shows.
+
+    float32 in [-1, 1] for styles "medgemma" and "percentile" (MR by percentiles, else the same),
+    [0, 1] for "min_max", about [-2, 2] for "dataset_stats". `drawn` gives the random changes where
+    the caller has drawn them already (to place the boxes first); otherwise they are drawn here.
+    Raises UserError naming the record for an image it cannot treat.
+    """
+    image = record["image"]
+    height, width = image.shape[:2]
+    if drawn is None:
+        drawn = draw(augment, width, height, rng)
+    try:
+        if image.shape[2] == 3:
+            dataset = record["source"]["dataset"]
+            out = picture_to_input(image, size, style, drawn, dataset)
+        else:
+            slope, intercept = record["rescale"]
+            out = slice_to_input(
+                image[..., 0], size, record["modality"], style, drawn, (slope, intercept)
+            )
+    except ValueError as error:
+        raise UserError(f"record {record['id']}: {error}") from None
+    return out, drawn.crop
+
+
+def slice_to_input(
+    raw: Shaped[np.ndarray, "H W"],
+    size: int,
+    modality: str,
+    style: str = "medgemma",
+    drawn: Draw | None = None,
+    rescale: tuple[float, float] = (1.0, 0.0),
+) -> Float[np.ndarray, "S S 3"]:
+    """A slice as stored (value · slope + intercept = HU for CT) → model input, float32.
+
+    A modality other than CT and MR has no windows and no figures of its own: min-max of the slice,
+    the limits of CT for "min_max", the figures of MR for "dataset_stats", as published.
+    """
+    part = raw if drawn is None else drawn.crop.cut(raw)
+    function = _pixel_function(part, modality, style, drawn, rescale)
+    return resize_after(part, size, function)
+
+
+def normalise_slice(
+    raw: Shaped[np.ndarray, "H W"], modality: str, style: str = "medgemma"
+) -> Float[np.ndarray, "C H W"]:
+    """The normalised slice before the resize, in real values: 3 channels for windowed CT, else 1.
+
+    Constant slices become all -1 (medgemma) or 0 (min_max).
+    """
+    return _pixel_function(raw, modality, style, None, (1.0, 0.0))(raw)
+
+
+def _pixel_function(
+    part: np.ndarray,
+    modality: str,
+    style: str,
+    drawn: Draw | None,
+    rescale: tuple[float, float],
+) -> _PixelFunction:
+    if style not in STYLES:
+        raise ValueError(f"image style {style!r} is not one of {', '.join(STYLES)}")
+    slope, intercept = rescale
+    clip_at = CT_MIN if modality == "CT" else -np.inf
+
+    def real(values) -> np.ndarray:
+        return np.maximum(np.asarray(values, np.float32) * slope + intercept, clip_at)
+
+    # A negative slope turns the order round, so both extremes are taken before sorting them.
+    extremes = np.sort(real(np.array([part.min(), part.max()], np.float32)))
+    low, high = float(extremes[0]), float(extremes[1])
+    change = _augment(drawn, low, high)
+    low, high = (float(value) for value in change(np.array([low, high], np.float32)))
+
+    def before(values) -> np.ndarray:
+        return change(real(values))
+
+    if style == "min_max":
+        limits = (0.0, 4096.0) if modality == "MR" else (CT_MIN, 3000.0)
+        low, high = (float(np.clip(v, *limits)) for v in (low, high))
+        return lambda values: (
+            (np.clip(before(values), *limits) - low) * (1 / (high - low + _EPS))
+        )[None].astype(np.float32)
+    if style == "dataset_stats":
+        mean, std = DATASET_STATS["CT" if modality == "CT" else "MR"]
+        return lambda values: np.clip((before(values) - mean) / (std + 1e-8), -2.0, 2.0)[
+            None
+        ].astype(np.float32)
+    if modality == "CT":
+        return _windows(before, -1 if drawn is None else drawn.window)
+    if style == "percentile" and modality == "MR":
+        cut = np.percentile(part, MR_PERCENTILES).astype(np.float32)
+        inner = [float(v) for v in np.sort(before(cut))]
+        if inner[0] < inner[1]:  # else nearly all pixels are equal, and the extremes say more
+            low, high = inner
+    scale = np.float32(2 / (high - low + _EPS))
+
+    def min_max(values) -> np.ndarray:
+        return ((np.clip(before(values), low, high) - np.float32(low)) * scale - 1)[None]
+
+    return min_max
+
+
+def _augment(drawn: Draw | None, low: float, high: float) -> _PixelFunction:
+    """Contrast and brightness in raw units; `low` and `high` are the slice's extremes."""
+    gamma, shift = (1.0, 0.0) if drawn is None else (drawn.gamma, drawn.shift)
+    if gamma == 1.0 and shift == 0.0:
+        return lambda values: values
+    span = high - low
+
+    def change(values) -> np.ndarray:
+        if gamma != 1.0:
+            values = ((values - low) / (span + 1e-7)) ** np.float32(gamma) * span + low
+        return values + np.float32(shift)
+
+    return change
+
+
+def _windows(before: _PixelFunction, only: int) -> _PixelFunction:
+    windows = CT_WINDOWS if only < 0 else (CT_WINDOWS[only],)
+    lows = np.array([level - width / 2 for width, level in windows], np.float32)
+    highs = np.array([level + width / 2 for width, level in windows], np.float32)
+    scales = (2 / (highs - lows + _EPS)).astype(np.float32)
+
+    def function(values) -> np.ndarray:
+        real = before(values)
+        out = np.empty((len(windows), *real.shape), np.float32)
+        for channel, plane in enumerate(out):
+            np.clip(real, lows[channel], highs[channel], out=plane)
+            plane -= lows[channel]
+            plane *= scales[channel]
+            plane -= 1
+        return out
+
+    return function
+
+
+def resize_after(
+    part: Shaped[np.ndarray, "H W"], size: int, function: _PixelFunction
+) -> Float[np.ndarray, "S S 3"]:
+    """`function` of the pixels, then bilinear to (size, size), one channel repeated to three."""
+    rows = _neighbours(part.shape[0], size)
+    columns = _neighbours(part.shape[1], size)
+    fewer = 4 * size * size < part.size
+    if fewer:
+        # Whole rows first: they are copied as they lie.
+        part = part.take(np.concatenate(rows[:2]), 0).take(np.concatenate(columns[:2]), 1)
+    out = np.empty((size, size, 3), np.float32)
+    lines = _room("lines", (size, part.shape[1]))
+    plane = _room("plane", (size, size))
+    planes = _planes(part, function)
+    for channel, values in enumerate(planes):
+        if fewer:
+            _between(values[:size], values[size:], rows[2][:, None], lines)
+            left, right = lines[:, :size], lines[:, size:]
+        else:
+            _between(values.take(rows[0], 0), values.take(rows[1], 0), rows[2][:, None], lines)
+            left, right = lines.take(columns[0], 1), lines.take(columns[1], 1)
+        _between(left, right, columns[2], plane)
+        if len(planes) == 1:
+            out[...] = plane[:, :, None]
+        else:
+            out[:, :, channel] = plane
+    return out
+
+
+def _planes(part: np.ndarray, function: _PixelFunction) -> Iterable[np.ndarray]:
+    """The channels of `function` of the pixels, looked up where there are fewer values than pixels.
+
+    A scanner's slice has a few thousand different values and many times as many pixels.
+    """
+    if part.dtype.kind not in "iu":
+        return function(part)
+    low, high = int(part.min()), int(part.max())
+    if high - low >= part.size // 2:
+        return function(part)
+    table = function(np.arange(low, high + 1).astype(part.dtype)).astype(np.float32)
+    index = np.subtract(part, low, out=_room("index", part.shape, np.intp), dtype=np.intp)
+    return _Planes(table, index)
+
+
+class _Planes:
+    """The rows of a table of pixel values, each looked up when its turn comes."""
+
+    def __init__(self, table: np.ndarray, index: np.ndarray):
+        self.table, self.index = table, index
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self):
+        values = _room("values", self.index.shape)
+        for channel in self.table:
+            # "clip" only because it needs no copy in between: no index is outside.
+            yield channel.take(self.index, out=values, mode="clip")
+
+
+_rooms = threading.local()
+
+
+def _room(name: str, shape: tuple[int, ...], dtype=np.float32) -> np.ndarray:
+    """Memory of this thread that the next image uses again.
+
+    Fresh memory comes from the system page by page, which takes longer than what is done in it.
+    """
+    known = getattr(_rooms, name, None)
+    if known is None or known.shape != shape or known.dtype != dtype:
+        known = np.empty(shape, dtype)
+        setattr(_rooms, name, known)
+    return known
+
+
+def _between(first: np.ndarray, second: np.ndarray, share: np.ndarray, out: np.ndarray) -> None:
+    """first + (second - first) · share."""
+    np.subtract(second, first, out=out)
+    out *= share
+    out += first
+
+
+@functools.lru_cache(maxsize=512)
+def _neighbours(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per output pixel the two source pixels along one axis and the share of the second."""
+    centre = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
+    first = np.floor(centre).astype(np.intp)
+    second = np.minimum(first + 1, length - 1)
+    return first, second, (centre - first).astype(np.float32)
+
+
+def resize_classes(
+    segmentation: UInt8[np.ndarray, "H W"], size: int
+) -> UInt8[np.ndarray, "size size"]:
+    """A class map at (size, size): every pixel takes the class at its own centre (nearest)."""
+    rows, columns = (
+        ((np.arange(size) + 0.5) * (length / size)).astype(np.intp) for length in segmentation.shape
+    )
+    return segmentation[rows[:, None], columns]
+
+
+def picture_to_input(
+    picture: UInt8[np.ndarray, "H W 3"],
+    size: int,
+    style: str = "medgemma",
+    drawn: Draw | None = None,
+    dataset: str = "",
+) -> Float[np.ndarray, "S S 3"]:
+    """An ordinary 8-bit RGB picture → model input, float32.
+
+    Resized first (antialiased bicubic), then /255, then min-max over all three channels, or the
+    figures of its data set for "dataset_stats" (not clipped).
+    """
+    if style not in STYLES:
+        raise ValueError(f"image style {style!r} is not one of {', '.join(STYLES)}")
+    part = picture if drawn is None else np.ascontiguousarray(drawn.crop.cut(picture))
+    resized = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC)
+    values = np.asarray(resized, np.float32) * np.float32(1 / 255)
+    if drawn is not None and drawn.gamma != 1.0:
+        low, high = float(values.min()), float(values.max())
+        gamma = Draw(drawn.crop, gamma=drawn.gamma)
+        values = _augment(gamma, low, high)(values)
+    shift = 0.0 if drawn is None else drawn.picture_shift
+    if style == "dataset_stats":
+        if dataset not in DATASET_STATS:
+            raise ValueError(
+                f"image style dataset_stats has no mean and deviation for data set {dataset!r};"
+                " use medgemma or min_max"
+            )
+        mean, std = DATASET_STATS[dataset]
+        return ((values - mean) / (std + 1e-8) + shift).astype(np.float32)
+    low, high = float(values.min()), float(values.max())
+    unit = (values - np.float32(low)) * np.float32(1 / (high - low + _EPS))
+    if style == "min_max":
+        return unit if shift == 0.0 else np.clip(unit + np.float32(shift), 0, 1)
+    out = unit * 2 - 1
+    return out if shift == 0.0 else np.clip(out + np.float32(shift), -1, 1)
+
+
+def display_image(record: dict[str, Any], window: str = "soft") -> UInt8[np.ndarray, "H W 3"]:
+    """The source image at its own size for people's eyes: 8-bit RGB.
+
+    CT through `window` ("soft", "wide", "brain"), other slices between their percentiles, pictures
+    as they are. Raises UserError for an unknown window.
+    """
+    image = record["image"]
+    low, high = display_range(record, window)
+    if image.shape[2] == 3:
+        return image.copy()  # a record's own pixels are read-only
+    grey = np.clip((_real(record) - low) * (255 / max(high - low, _EPS)), 0, 255)
+    return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def display_range(record: dict[str, Any], window: str = "soft") -> tuple[float, float]:
+    """The real values (HU for CT) that `display_image` shows as black and as white."""
+    if record["image"].shape[2] == 3:
+        return 0.0, 255.0
+    if record["modality"] == "CT":
+        if window not in WINDOWS:
+            raise UserError(f"CT window {window!r} is not one of {', '.join(WINDOWS)}")
+        width, level = WINDOWS[window]
+        return level - width / 2, level + width / 2
+    low, high = np.percentile(_real(record), MR_PERCENTILES)
+    return float(low), float(high)
+
+
+def _real(record: dict[str, Any]) -> Float[np.ndarray, "H W"]:
+    slope, intercept = record["rescale"]
+    return record["image"][..., 0].astype(np.float32) * np.float32(slope) + np.float32(intercept)

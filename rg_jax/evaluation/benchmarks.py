@@ -1,0 +1,131 @@
+"""Public benchmarks by name: which file, which questions, which prompt, which text counts.
+
+`python -m rg_jax.evaluate --workdir=RUN --benchmark=NAME` evaluates by one of these protocols:
+
+    slake_published     as the published figures were made: the English questions of validate.json
+    slake               the English questions of test.json, on which nothing may be chosen
+    vqa_rad_published   as published: the 735 questions of the image-disjoint test file
+    vqa_rad             the same file for a run that has never looked at it while training
+
+Asked for a validation split, the published evaluation reads SLAKE's validate.json and, for
+VQA-RAD, the test file: what is called test there also chose the checkpoint. The two `_published`
+protocols reproduce that, and remove grounding marks as the published code does. The other two are
+for figures of your own: a run whose training or validation mixture holds the evaluated split is
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rg_jax import recipes
+from rg_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One protocol. `config`: the builder's variant; `file`: what the split is made from;
+    `questions`: how many the whole set has, `closed` of them closed (None: not known);
+    `published`: marks are removed in the published way, and nothing is refused."""
+
+    name: str
+    data: str
+    config: str
+    split: str
+    file: str
+    task: str
+    questions: int
+    closed: int | None = None
+    published: bool = False
+    languages: tuple[str, ...] = ("en",)
+
+    @property
+    def prompt(self) -> str:
+        """How a question is put, in words."""
+        return "line break, question, line break, 'Answer: '"
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its protocol; goes into `metrics.json` as `set.benchmark`."""
+        return {
+            "name": self.name,
+            "file": self.file,
+            "languages": list(self.languages),
+            "prompt": self.prompt,
+            "marks_removed": "published" if self.published else "ours",
+            "questions_in_full": self.questions,
+        }
+
+    def part(self) -> dict[str, Any]:
+        """The entry for `config.data.test`."""
+        return recipes.source(self.data, self.split, {self.task: 1.0}, config=self.config)
+
+
+_SLAKE = {"data": "slake", "config": "official-en", "task": "slake"}
+_VQA_RAD = {
+    "data": "vqa_rad",
+    "config": "fixed",
+    "split": "test",
+    "file": "test_fixed_split.json",
+    "task": "vqa",
+    "questions": 735,
+    "closed": 432,
+}
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "slake_published",
+            split="val",
+            file="validate.json",
+            questions=1053,
+            published=True,
+            **_SLAKE,
+        ),
+        Benchmark("slake", split="test", file="test.json", questions=1061, **_SLAKE),
+        Benchmark("vqa_rad_published", published=True, **_VQA_RAD),
+        Benchmark("vqa_rad", **_VQA_RAD),
+    )
+}
+
+
+def get(name: str) -> Benchmark:
+    """The protocol of that name. Raises UserError naming the known ones."""
+    try:
+        return BENCHMARKS[name]
+    except KeyError:
+        raise UserError(f"--benchmark={name} is not one of {', '.join(BENCHMARKS)}") from None
+
+
+def seen_in(part: Mapping[str, Any], mixtures: Mapping[str, Sequence[Mapping[str, Any]]]) -> list:
+    """Which of a run's mixtures ("train", "val") hold the split that `part` evaluates.
+
+    Splits are compared without their slices: `val[:50%]` is a look at `val`. A part without a
+    builder variant is taken for the same one.
+    """
+
+    def same(other: Mapping[str, Any]) -> bool:
+        configs = {part["config"], other["config"]} - {""}
+        ours, theirs = (
+            {piece.partition("[")[0].strip() for piece in p["split"].split("+")}
+            for p in (part, other)
+        )
+        return part["name"] == other["name"] and len(configs) < 2 and bool(ours & theirs)
+
+    return [name for name, parts in mixtures.items() if any(same(other) for other in parts)]
+
+
+def check_honest(benchmark: Benchmark, mixtures: Mapping[str, Sequence[Mapping]]) -> list[str]:
+    """Mixtures of the run that hold the evaluated questions.
+
+    Raises UserError if there are some and the protocol does not allow it.
+    """
+    seen = seen_in(benchmark.part(), mixtures)
+    if seen and not benchmark.published:
+        raise UserError(
+            f"--benchmark={benchmark.name}: this run's config.data.{seen[0]} holds "
+            f"{benchmark.data} {benchmark.split}, so its figures there would not be honest; "
+            f"evaluate it with --data={benchmark.data} --split={benchmark.split}, which says so"
+        )
+    return seen

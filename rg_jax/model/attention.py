@@ -1,0 +1,111 @@
+"""Grouped attention with an optional soft-cap, over keys that may lie in several places.
+
+What the encoder and the decoder share. Heads stand in front of tokens inside, (B, heads, tokens,
+H), so that every product is a plain batch of matrices; the softmax has its own gradient, which
+keeps two arrays of the scores' size where automatic differentiation keeps more and reads them
+oftener (on a CPU half of the attention's time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+AnyArray = Array | np.ndarray
+
+# Below every score, finite. Only where a softmax subtracts its largest score first.
+MASKED = -2.3819763e38
+# exp(±60) and sums of thousands of them are ordinary float32 numbers: nothing to subtract.
+_SAFE_CAP = 60.0
+_TINY = 1e-37
+
+
+def soft_cap(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
+    """cap · tanh(x / cap); `x` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def heads_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N T H"]:
+    """As `attend` takes keys and values."""
+    return x.swapaxes(1, 2)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    sources: Sequence[tuple[Array, Array, AnyArray | None]],
+    cap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """What each query mixes from the values it sees; query head n belongs to key head n // (N / K).
+
+    `q` is already scaled. `sources`: keys and values (B, K, S, H), heads first, and who sees whom
+    (B, T, S) or None for everyone; a source for each place where keys lie, so that a memory is
+    read where it is and only scores are put side by side. Scores and softmax are float32,
+    soft-capped at `cap`. A query that sees nothing gets zeros.
+    """
+    batch, length, n, h = q.shape
+    kv = sources[0][0].shape[1]
+    # Queries of one group are rows of one matrix: keys are never repeated.
+    rows = heads_first(q).reshape(batch, kv, n // kv * length, h)
+    scores = _join(
+        [
+            jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32)
+            for keys, _, _ in sources
+        ]
+    ).reshape(batch, kv, n // kv, length, -1)
+    masks = [jnp.asarray(mask) for _, _, mask in sources if mask is not None]
+    visible = _join(masks)[:, None, None, :, :] if masks else None
+    weights = attention_weights(scores, visible, cap).astype(q.dtype)
+    weights = weights.reshape(batch, kv, n // kv * length, -1)
+    mixed, start = None, 0
+    for _, values, _ in sources:
+        share = weights[..., start : start + values.shape[2]]
+        part = jnp.einsum("bkrs,bksh->bkrh", share, values)
+        mixed = part if mixed is None else mixed + part
+        start += values.shape[2]
+    return heads_first(mixed.reshape(batch, n, length, h))
+
+
+def _join(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_weights(
+    scores: Float[Array, "*b T S"], visible: Bool[Array, "*c T S"] | None, cap: float | None
+) -> Float[Array, "*b T S"]:
+    """Softmax of the capped scores over the last axis, exactly 0 where not `visible`."""
+    return _weights(scores, visible, cap)[0]
+
+
+def _weights(scores, visible, cap):
+    tanh = None if cap is None else jnp.tanh(scores / cap)
+    capped = scores if cap is None else cap * tanh
+    if cap is None or cap > _SAFE_CAP:
+        seen = capped if visible is None else jnp.where(visible, capped, MASKED)
+        capped = capped - seen.max(axis=-1, keepdims=True)
+    raised = jnp.exp(capped)
+    if visible is not None:
+        raised = jnp.where(visible, raised, 0.0)
+    total = jnp.maximum(raised.sum(axis=-1, keepdims=True), _TINY)
+    return raised / total, tanh
+
+
+def _weights_fwd(scores, visible, cap):
+    weights, tanh = _weights(scores, visible, cap)
+    return weights, (weights, tanh)
+
+
+def _weights_bwd(cap, saved, grad):
+    weights, tanh = saved
+    change = weights * (grad - (weights * grad).sum(axis=-1, keepdims=True))
+    if tanh is not None:
+        change = change * (1 - jnp.square(tanh))
+    return change, None
+
+
+attention_weights.defvjp(_weights_fwd, _weights_bwd)

@@ -1,0 +1,259 @@
+"""Gemma 2's decoder: vectors in, vectors out, with an optional memory of earlier tokens.
+
+Gemma 2 report: https://arxiv.org/abs/2408.00118. Norms before and after every branch, grouped
+attention with a soft-cap, rotary positions, gated tanh GELU, embedding table tied with the output.
+Parameter names are those of the original checkpoints; all layers are stacked on a leading axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rg_jax.model import lora
+from rg_jax.model.attention import MASKED, attend, heads_first, soft_cap
+from rg_jax.model.config import DecoderConfig, ModelConfig
+from rg_jax.model.siglip import remat_block
+
+
+def prefix_lm_mask(valid: Bool[Array, "B S"], mask_ar: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Who sees whom, [batch, query, key].
+
+    A 1 in `mask_ar` starts a new block: tokens see their own and earlier blocks. So zeros make a
+    prefix in which everyone sees everyone, ones a causal suffix:
+
+        mask_ar   0 0 0 1 1        x x x . .
+                                   x x x . .
+                                   x x x . .
+                                   x x x x .
+                                   x x x x x
+
+    Keys that are not `valid` (padding) are seen by nobody.
+    """
+    block = jnp.cumsum(mask_ar, axis=1)
+    return (block[:, None, :] <= block[:, :, None]) & valid[:, None, :]
+
+
+def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Positions that count valid tokens only: padding neither has nor takes a position."""
+    return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def rotary_code(
+    positions: Int[Array, "B S"], head_dim: int, base: float
+) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    """Cosine and sine of every position's angles, float32 (RoPE, arXiv:2104.09864)."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions.astype(jnp.float32)[:, :, None] / (base**exponents)[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, code):
+    """Turn each head's first half against its second half. x: (B, S, heads, H)."""
+    cos, sin = (part[:, :, None, :] for part in code)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), variance in float32 whatever the dtype of `x`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        weight = (1 + scale.astype(jnp.float32)).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (normed * weight).astype(x.dtype)
+
+
+class Einsum(nn.Module):
+    """One weight `w` and the product it takes part in. `fan_in`: the axes summed over."""
+
+    shape: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, equation, x):
+        out = tuple(a for a in range(len(self.shape)) if a not in self.fan_in + self.batch)
+        init = nn.initializers.lecun_normal(
+            in_axis=self.fan_in, out_axis=out, batch_axis=self.batch
+        )
+        product = jnp.einsum(equation, x, self.param("w", init, self.shape).astype(x.dtype))
+        factors = lora.factors_of(self, "w", x.dtype)
+        if factors is None:
+            return product
+        return product + lora.low_rank(equation, x, factors, self.fan_in, self.batch)
+
+
+class Attention(nn.Module):
+    """Grouped attention: query head n belongs to key head n // (N / K); keys are never repeated."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, past, code, mask, past_mask):
+        c = self.config
+        n, kv, h, d = c.num_heads, c.num_kv_heads, c.head_dim, c.width
+        if c.fused_qkv:
+            q, k, v = Einsum((3, n, d, h), (2,), (0,), name="qkv_einsum")("btd,cndh->cbtnh", x)
+        else:
+            q = Einsum((n, d, h), (1,), name="q_einsum")("btd,ndh->btnh", x)
+            k, v = Einsum((2, kv, d, h), (2,), (0,), name="kv_einsum")("btd,ckdh->cbtkh", x)
+        q = rotate(q, code) * c.query_factor
+        k, v = heads_first(rotate(k, code)), heads_first(v)
+        sources = [(k, v, mask)] if past is None else [(*past, past_mask), (k, v, mask)]
+        mixed = attend(q, sources, c.attn_softcap)
+        out = Einsum((n, h, d), (0, 1), name="attn_vec_einsum")
+        return out("btnh,nhd->btd", mixed), (k, v)
+
+
+class FeedForward(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        d, m = self.config.width, self.config.mlp_dim
+        init = nn.initializers.lecun_normal
+        gating = self.param("gating_einsum", init(batch_axis=(0,)), (2, d, m)).astype(x.dtype)
+        linear = self.param("linear", init(), (m, d)).astype(x.dtype)
+        gating_change = lora.factors_of(self, "gating_einsum", x.dtype)
+        linear_change = lora.factors_of(self, "linear", x.dtype)
+
+        def times(left, weight, change, *which):
+            out = left @ weight[which] if which else left @ weight
+            if change is None:
+                return out
+            a, b = (factor[which] if which else factor for factor in change)
+            return out + (left @ a) @ b
+
+        # As one long matrix: XLA's CPU backend is twice as fast at the gradients of that.
+        rows = x.reshape(-1, d)
+        gate, up = (times(rows, gating, gating_change, i) for i in (0, 1))
+        hidden = nn.gelu(gate, approximate=True) * up
+        return times(hidden, linear, linear_change).reshape(x.shape)
+
+
+class DecoderBlock(nn.Module):
+    config: DecoderConfig
+    keep_keys: bool
+
+    @nn.compact
+    def __call__(self, x, past, code, mask, past_mask):
+        def norm(name):
+            return RMSNorm(self.config.norm_eps, name=name)
+
+        attention = Attention(self.config, name="attn")
+        mixed, keys = attention(norm("pre_attention_norm")(x), past, code, mask, past_mask)
+        x = x + (norm("post_attention_norm")(mixed) if self.config.post_norms else mixed)
+        fed = FeedForward(self.config, name="mlp")(norm("pre_ffw_norm")(x))
+        x = x + (norm("post_ffw_norm")(fed) if self.config.post_norms else fed)
+        return x, keys if self.keep_keys else None
+
+
+class Embedder(nn.Module):
+    """The table of token vectors, read on the way in and multiplied with on the way out."""
+
+    config: ModelConfig
+
+    def setup(self):
+        llm = self.config.llm
+        # Rows of length one: scaled by sqrt(width) they enter as unit-size entries, and the tied
+        # output starts with logits of unit size.
+        self.table = self.param(
+            "input_embedding",
+            nn.initializers.normal(llm.width**-0.5),
+            (llm.vocab_size, llm.width),
+        )
+
+    def encode(self, text):
+        dtype = jnp.dtype(self.config.compute_dtype)
+        vectors = self.table[text].astype(dtype)
+        if self.has_variable(lora.ROOT, "input_embedding"):
+            added = self._added_rows()
+            row = text - (self.config.num_predictable - len(added))
+            new = (row >= 0) & (row < len(added))
+            change = jnp.where(new[..., None], added[jnp.clip(row, 0, len(added) - 1)], 0)
+            vectors = (self.table[text].astype(jnp.float32) + change).astype(dtype)
+        # The factor is rounded to the compute dtype, as it was when the weights were trained.
+        return vectors * jnp.asarray(self.config.llm.width**0.5, dtype)
+
+    def _added_rows(self):
+        """What LoRA adds to the last of the rows that can be predicted."""
+        return self.get_variable(lora.ROOT, "input_embedding")["rows"]
+
+    def decode(self, hidden):
+        table = self.table.astype(hidden.dtype)
+        if self.has_variable(lora.ROOT, "input_embedding"):
+            added, end = self._added_rows(), self.config.num_predictable
+            last = self.table[end - len(added) : end].astype(jnp.float32) + added
+            table = table.at[end - len(added) : end].set(last.astype(hidden.dtype))
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            table,
+            preferred_element_type=jnp.float32,
+        )
+        logits = soft_cap(logits, self.config.llm.final_softcap)
+        rows = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+        return jnp.where(rows < self.config.num_predictable, logits, MASKED)
+
+
+class Gemma2(nn.Module):
+    config: ModelConfig
+
+    def setup(self):
+        self.embedder = Embedder(self.config)
+        self.final_norm = RMSNorm(self.config.llm.norm_eps)
+
+    def embed(self, text: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token vectors, scaled by sqrt(D), in the compute dtype."""
+        return self.embedder.encode(text)
+
+    def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Float32 logits; soft-capped where the config says so; padding rows at -2.4e38."""
+        return self.embedder.decode(hidden)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T T"],
+        past: Any = None,
+        past_mask: Bool[Array, "B T S"] | None = None,
+        keep_keys: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states after the final norm, and with `keep_keys` this call's keys and values.
+
+        `past` = (keys, values), each (L, B, K, S, H), what earlier tokens left behind; `past_mask`
+        says which of them each token sees. The caller writes new keys into its own memory.
+        Raises ValueError for sequences longer than the sliding window of the local layers.
+        """
+        llm = self.config.llm
+        total = x.shape[1] + (0 if past is None else past[0].shape[3])
+        if llm.sliding_window is not None and total > llm.sliding_window:
+            raise ValueError(
+                f"A sequence of {total} tokens is longer than the sliding window of "
+                f"{llm.sliding_window} (llm.sliding_window), which is not implemented; shorten "
+                "the text or set llm.sliding_window to None to let every layer see everything."
+            )
+        layers = nn.scan(
+            remat_block(DecoderBlock, self.config.remat),
+            variable_axes={"params": 0, lora.ROOT: 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=llm.depth,
+            unroll=min(self.config.unroll, llm.depth),
+        )
+        code = rotary_code(positions, llm.head_dim, llm.rope_base)
+        x, keys = layers(llm, keep_keys, name="layers")(x, past, code, mask, past_mask)
+        return self.final_norm(x), keys

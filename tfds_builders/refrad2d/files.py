@@ -1,0 +1,193 @@
+"""The official RefRad2D layout on disk: where its pieces lie, and its tables.
+
+dicoms_anon/{id[:2]}/{id}.dcm.zst                     slices
+refrad2d_vqa_dataset.parquet                          reports and questions by rsopid
+refrad2d_segment/rsopid_2_segment_v3_{ct,mr}.json     boxes, mentions and masks of a slice
+refrad2d_segment/refrad2d_sampled_dataset_v3_{ct,mr}.json   slices for grounded questions
+split_v18/generated/filtered_{ct,mr}_splits/snippet2rsopids_{train,val,test}_{ct,mr}_only.json
+"""
+
+import dataclasses
+import io
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rg_jax.errors import UserError
+
+SPLITS = ("train", "val", "test")
+STRUCTS = {"en": "english", "de": "german"}
+KEYWORDS = {"en": "keywords_eng", "de": "keywords_de"}
+# Where mask and sampled paths of an index are cut if they were written on another machine.
+SEGMENT_FOLDER = "refrad2d_segment"
+# The tags that say whose slice it is stand at the beginning of the header.
+_HEAD_BYTES = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the pieces lie. Paths in messages are told from `source`."""
+
+    source: Path
+    dicoms: Path
+    parquet: Path
+    segment: Path
+    splits: Path
+
+    def dicom(self, slice_id: str) -> Path:
+        return self.dicoms / slice_id[:2] / f"{slice_id}.dcm.zst"
+
+    def index(self, kind: str) -> Path:
+        return self.segment / f"rsopid_2_segment_v3_{kind}.json"
+
+    def sampled(self, kind: str) -> Path:
+        return self.segment / f"refrad2d_sampled_dataset_v3_{kind}.json"
+
+    def split(self, split: str, kind: str) -> Path:
+        return self.splits / f"filtered_{kind}_splits" / f"snippet2rsopids_{split}_{kind}_only.json"
+
+    def listed(self, written: str) -> Path:
+        """The file that an index names: absolute, or relative to the root or its own folder.
+
+        An index that was written elsewhere names folders of that machine; what comes behind its
+        segment folder counts. The first that exists is taken; if none does, the first that could.
+        """
+        path = Path(written)
+        tries = [path] if path.is_absolute() else [self.source / path]
+        parts = PurePosixPath(written.replace("\\", "/")).parts
+        for name in (self.segment.name, SEGMENT_FOLDER):
+            if name in parts:
+                last = len(parts) - parts[::-1].index(name)
+                tries.append(self.segment.joinpath(*parts[last:]))
+        if not path.is_absolute():
+            tries += [self.segment / path, self.segment.parent / path]
+        return next((found for found in tries if found.is_file()), tries[0])
+
+    def name(self, path: Path) -> str:
+        """The path as it is told: from the source if it lies below it."""
+        return str(path.relative_to(self.source)) if path.is_relative_to(self.source) else str(path)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file, a dict or a list. Raises UserError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a {kind.__name__}")
+    return content
+
+
+def read_split(path: Path) -> dict[str, list[str]]:
+    """caption → ids. Raises UserError for anything else."""
+    content = read_json(path, dict)
+    for caption, ids in content.items():
+        good = isinstance(ids, list) and all(
+            isinstance(i, str) and i and os.sep not in i and not i.startswith(".") for i in ids
+        )
+        if not good:
+            raise UserError(f"{path}: caption {caption[:60]!r} does not hold a list of slice ids")
+    return content
+
+
+class Reports:
+    """The parquet: one row per slice, by its id. The columns stay packed in memory.
+
+    Raises UserError for a file that is none, or that lacks a column.
+    """
+
+    def __init__(self, path: Path, languages: tuple[str, ...]):
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise UserError(
+                'the parquet needs the package pyarrow: pip install "rg_jax[data]"'
+            ) from error
+        wanted = ["modality", "body_part", *(STRUCTS[language] for language in languages)]
+        try:
+            with pq.ParquetFile(path) as file:
+                known = file.schema_arrow.names
+                key = _id_column(file.schema_arrow)
+                for column in wanted:
+                    if column not in known and column != "body_part":
+                        raise UserError(
+                            f"{path}: has no column {column}; it has {', '.join(known)}"
+                        )
+                columns = [key, *(column for column in wanted if column in known)]
+                self._table = file.read(columns=columns).combine_chunks()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; --parquet names another place") from None
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: not readable as parquet ({error})") from error
+        ids = [str(value) for value in self._table.column(key).to_pylist()]
+        self._rows: dict[str, int] = {}
+        self.repeated: list[str] = []
+        for row, slice_id in enumerate(ids):
+            if self._rows.setdefault(slice_id, row) != row and not self._same(slice_id, row):
+                self.repeated.append(slice_id)
+
+    def _same(self, slice_id: str, row: int) -> bool:
+        return self.get(slice_id) == self._at(row)
+
+    def _at(self, row: int) -> dict[str, Any]:
+        return self._table.slice(row, 1).to_pylist()[0]
+
+    def __contains__(self, slice_id: str) -> bool:
+        return slice_id in self._rows
+
+    def get(self, slice_id: str) -> dict[str, Any] | None:
+        """The row of a slice as plain Python, None if there is none."""
+        row = self._rows.get(slice_id)
+        return None if row is None else self._at(row)
+
+
+def _id_column(schema: Any) -> str:
+    """The column of the ids: `rsopid`, or what pandas wrote its index to."""
+    if "rsopid" in schema.names:
+        return "rsopid"
+    stored = (schema.metadata or {}).get(b"pandas")
+    if stored:
+        index = json.loads(stored).get("index_columns", [])
+        if len(index) == 1 and isinstance(index[0], str) and index[0] in schema.names:
+            return index[0]
+    raise UserError(
+        "the parquet has neither a column nor an index rsopid;"
+        f" its columns are {', '.join(schema.names)}"
+    )
+
+
+def belongings(path: Path) -> dict[str, str]:
+    """{"patient", "study", "image": key} of a slice, from its header; what is absent is left out.
+
+    Empty for a file that cannot be read: that shows when its pixels are.
+    """
+    try:
+        import pydicom
+        import zstandard
+    except ImportError as error:
+        raise UserError(
+            f'slices need the package {error.name}: pip install "rg_jax[data]"'
+        ) from error
+    keywords = {"patient": "PatientID", "study": "StudyInstanceUID", "image": "SOPInstanceUID"}
+    try:
+        with path.open("rb") as file:
+            packed = file.read(4) == b"\x28\xb5\x2f\xfd"
+            file.seek(0)
+            stream = zstandard.ZstdDecompressor().stream_reader(file) if packed else file
+            head = stream.read(_HEAD_BYTES)
+        with pydicom.config.disable_value_validation():
+            header = pydicom.dcmread(
+                io.BytesIO(head),
+                stop_before_pixels=True,
+                force=True,
+                specific_tags=list(keywords.values()),
+            )
+            found = {kind: str(header.get(name) or "").strip() for kind, name in keywords.items()}
+    except Exception:  # a damaged file fails in any way; it is told of when it is read whole
+        return {}
+    return {kind: key for kind, key in found.items() if key}

@@ -1,0 +1,144 @@
+"""The parts of the RefRad2D layout that are made of all kept slices: splits and sampled slices."""
+
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rg_jax.data.dicom import read_slice
+from tfds_builders.refrad2d.files import SPLITS, Places, read_split
+from tools.stages import Summary, read_json, write_aside, write_bytes
+
+Kept = dict[str, dict[str, Any]]  # kind → {id: result}
+Splits = dict[str, dict[str, dict[str, list[str]]]]  # kind → split → {caption: ids}
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy aside, then rename; nothing if the target is this very content already."""
+    with write_aside(target) as aside:
+        shutil.copyfile(source, aside)
+        # The time tells a rerun that nothing changed.
+        state = source.stat()
+        os.utime(aside, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def take_splits(folder: Path, kept: Kept, summaries: list[Summary]) -> Splits:
+    """The given split JSONs without the slices that are not kept, and without empty captions."""
+    splits: Splits = {}
+    whose: dict[str, set[str]] = {}
+    for (kind, results), summary in zip(kept.items(), summaries, strict=True):
+        splits[kind] = {}
+        seen: set[str] = set()
+        for split in SPLITS:
+            filtered = {}
+            for caption, ids in read_split(_find(folder, split, kind)).items():
+                left = [id_ for id_ in ids if id_ in results]
+                summary.note("in the split JSONs but not kept", "", len(ids) - len(left))
+                if left:
+                    filtered[caption] = left
+                seen.update(left)
+                for id_ in left:
+                    whose.setdefault(results[id_]["patient"], set()).add(split)
+            splits[kind][split] = filtered
+        summary.note("kept, but in no split", "", len(results.keys() - seen))
+    leaking = sorted(patient for patient, found in whose.items() if len(found) > 1)
+    summaries[-1].note("patients in several splits", ", ".join(leaking[:3]), len(leaking))
+    return splits
+
+
+def _find(folder: Path, split: str, kind: str) -> Path:
+    name = f"snippet2rsopids_{split}_{kind}_only.json"
+    tries = [folder / f"filtered_{kind}_splits", folder / f"{kind}_splits", folder]
+    return next((t / name for t in tries if (t / name).is_file()), tries[0] / name)
+
+
+def make_splits(
+    kept: Kept,
+    captions: dict[str, str],
+    shares: tuple[float, ...],
+    seed: int,
+    summaries: list[Summary],
+) -> Splits:
+    """Splits by patient, the same for the same patients, shares and seed, whatever their order.
+
+    With three patients or more, every split with a share gets at least one.
+    """
+    patients = sorted({r["patient"] for results in kept.values() for r in results.values()})
+    ranked = sorted(patients, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest())
+    counts = [round(share * len(ranked)) for share in shares]
+    if len(ranked) >= len(SPLITS):
+        counts = [
+            max(count, 1) if share else 0 for count, share in zip(counts, shares, strict=True)
+        ]
+    largest = max(range(len(shares)), key=shares.__getitem__)
+    counts[largest] += len(ranked) - sum(counts)
+    split_of, start = {}, 0
+    for split, count in zip(SPLITS, counts, strict=True):
+        split_of |= dict.fromkeys(ranked[start : start + count], split)
+        start += count
+    splits: Splits = {kind: {split: {} for split in SPLITS} for kind in kept}
+    for (kind, results), summary in zip(kept.items(), summaries, strict=True):
+        for id_, result in results.items():
+            split = split_of[result["patient"]]
+            splits[kind][split].setdefault(captions[id_], []).append(id_)
+            summary.note(f"in {split}, by patient with seed {seed}")
+        for split, share in zip(SPLITS, shares, strict=True):
+            if share and results and not splits[kind][split]:
+                summary.note(f"no slice in {split}: too few patients of this modality")
+    return splits
+
+
+def sampled_slices(
+    places: Places,
+    kind: str,
+    modality: str,
+    entries: dict[str, dict[str, Any]],
+    per_scan: int,
+    chosen: Path | None,
+    summary: Summary,
+) -> dict[str, dict[str, Any]]:
+    """The slices for grounded questions: their entries; writes their values as .npy float32.
+
+    `per_scan` kept slices of each scan, evenly spread; or those that another list in `chosen`
+    names, as far as they are kept.
+    """
+    wanted: list[str] = []
+    if chosen is not None:
+        listed = read_json(chosen / f"refrad2d_sampled_dataset_v3_{kind}.json")
+        wanted = [str(row.get("rsopid")) for row in listed.values()]
+        summary.note("sampled slices not kept", "", sum(id_ not in entries for id_ in wanted))
+    else:
+        of_scan: dict[str, list[str]] = {}
+        for id_, entry in entries.items():
+            of_scan.setdefault(entry["scan_rserid"], []).append(id_)
+        for ids in of_scan.values():
+            count = min(per_scan, len(ids))
+            picks = sorted({(2 * k + 1) * len(ids) // (2 * count) for k in range(count)})
+            wanted += [ids[pick] for pick in picks]
+    sampled = {}
+    for id_ in wanted:
+        if id_ not in entries:
+            continue
+        entry = entries[id_]
+        scan, axis, index = (entry[key] for key in ("scan_rserid", "slice_axis", "slice_idx"))
+        name = f"{scan}_{axis}_{index:03d}"
+        path = places.segment / "scan_slices_v3" / name[:2] / f"{name}.npy"
+        read = read_slice(places.dicom(id_))
+        buffer = io.BytesIO()
+        np.save(buffer, (read.pixels * read.rescale[0] + read.rescale[1]).astype(np.float32))
+        write_bytes(path, buffer.getvalue(), sync=False)
+        sampled[name] = {
+            "rsopid": id_,
+            "scan_rserid": scan,
+            "modality": modality,
+            "slice_axis": axis,
+            "slice_idx": index,
+            "scan_slice_path": path.relative_to(places.source).as_posix(),
+            "segment_slice_path": entry["segment_slice_path"],
+            "bboxes": entry["bboxes"],
+        }
+    return sampled
