@@ -112,13 +112,15 @@ def _names_of(source: Source, wanted: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def moved_rows(source: Source, tokenizer: Tokenizer) -> dict[int, int]:
-    """Our id → the source's row, of `<image>` and every extra token that both have."""
-    theirs = source.extra_tokens or ()
-    if not theirs:
-        return {}
+def moved_rows(source: Source, tokenizer: Tokenizer) -> dict[int, int] | None:
+    """Our id → the source's row, of `<image>` and every extra token that both have.
+
+    None where the source does not say which tokens were added to it.
+    """
+    if not source.extra_tokens:
+        return None if source.extra_tokens is None else {}
     first = tokenizer.image_id + 1
-    rows = {token: first + i for i, token in enumerate(theirs)}
+    rows = {token: first + i for i, token in enumerate(source.extra_tokens)}
     ours = zip(tokenizer.extra_tokens, tokenizer.extra_ids, strict=True)
     moved = {i: rows[token] for token, i in ours if token in rows}
     return {tokenizer.image_id: tokenizer.image_id, **moved}

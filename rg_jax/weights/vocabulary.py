@@ -96,10 +96,17 @@ def adapters(
 
     `num_tokens` is the tokenizer's, added tokens included; the table's rows are the model's.
     `known` rows are those of the tokenizer's own pieces, `moved` (new row → old row) the added
-    tokens that the file has too. `tell` is told of every change in a sentence. A table with more
-    rows than these tokens, `<image>` and their padding raises UserError: it belongs to another
-    tokenizer.
+    tokens that the file has too; None: the file does not name its tokens. Such a table, if it is
+    as long as ours and trained to its last token, was saved with our tokens, and is kept whole.
+    `tell` is told of every change in a sentence. A table with more rows than these tokens,
+    `<image>` and their padding raises UserError: it belongs to another tokenizer.
     """
+
+    def has_our_tokens(array: np.ndarray, rows: int) -> bool:
+        if moved is not None or known is None or known >= num_tokens:
+            return False
+        added = np.asarray(array[known:num_tokens], np.float32)
+        return len(array) in (num_tokens, rows) and bool(added.any(axis=1).all())
 
     def table(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         _same_width(TABLE, array, shape)
@@ -115,6 +122,9 @@ def adapters(
                 f"{TABLE} has {len(array)} rows, but the tokenizer knows {known} tokens; the "
                 "weights and the tokenizer do not belong together."
             )
+        if has_our_tokens(array, shape[0]):
+            tell(f"rows {known} to {num_tokens - 1} are taken for the added tokens, in our order")
+            return np.pad(array, ((0, shape[0] - len(array)), (0, 0)))
         if num_tokens > len(array):
             tell(f"the vocabulary grows from {len(array)} to {num_tokens} tokens")
         kept = known + len(moved or {}) if known is not None else len(array)

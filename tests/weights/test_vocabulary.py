@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rg_jax.errors import UserError
-from rg_jax.weights.vocabulary import grow_table, padded_rows, resize_positions
+from rg_jax.weights.vocabulary import TABLE, adapters, grow_table, padded_rows, resize_positions
 
 
 def test_rows_are_a_multiple_of_64():
@@ -47,6 +47,34 @@ def test_padding_rows_of_the_file_are_not_tokens():
     assert grown.shape == (64, 4)
     np.testing.assert_array_equal(grown[:62], 1)
     np.testing.assert_array_equal(grown[62:], 0)
+
+
+@pytest.mark.parametrize("rows", [13, 64])
+def test_a_table_saved_with_our_tokens_is_kept(rows):
+    """10 pieces and 3 added tokens, with and without padding, in a file that names no tokens."""
+    table = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
+    table[13:] = 0
+    told = []
+    kept = adapters(13, known=10, tell=told.append)[TABLE](table, (64, 4))
+    np.testing.assert_array_equal(kept[:13], table[:13])
+    assert kept.shape == (64, 4) and (kept[13:] == 0).all()
+    assert told == ["rows 10 to 12 are taken for the added tokens, in our order"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "zero", "moved"),
+    [
+        (10, 10, None),  # stock: the pieces alone
+        (64, 12, None),  # a token fewer than ours
+        (12, 12, None),
+        (64, 13, {}),  # the file says that it has none of ours
+    ],
+)
+def test_other_rows_are_not_taken_for_our_tokens(rows, zero, moved):
+    table = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
+    table[zero:] = 0
+    grown = adapters(13, known=10, moved=moved)[TABLE](table, (64, 4))
+    np.testing.assert_array_equal(grown, grow_table(table, 13, rows=64, known=10))
 
 
 def test_a_vocabulary_does_not_shrink():
