@@ -20,7 +20,7 @@ KILLED_AT = """
 import os, runpy, signal, sys
 from orbax.checkpoint.path import atomicity
 from rg_jax.training.metrics import MetricsWriter
-from rg_jax.evaluation.driver import Validator
+from rg_jax.evaluation.validator import Validator
 
 moment, number = os.environ["KILLED_AT"].split("-")
 
@@ -35,10 +35,10 @@ def line(self, step, values, write=MetricsWriter.write):
     write(self, step, values)
 
 def validation(self, state, call=Validator.__call__):
-    call(self, state)
+    found = call(self, state)
     if moment == "validation" and int(state.step) == int(number):
         die()
-    return call(self, state)
+    return found
 
 temporary = atomicity.AtomicRenameTemporaryPath
 
