@@ -74,11 +74,12 @@ def _open_npz(path: Path) -> Source:
     shapes = {name: leaf.shape for name, leaf in source.leaves.items()}
     source.model = hf_config.config_of_shapes(shapes)
     source.fmt = huggingface.read_format(path.with_suffix(NPZ_FORMAT))
-    source.extra_tokens = source.fmt.extra_tokens if source.fmt else ()
+    # Without a format beside it, whether rows behind the pieces are tokens is not known.
+    source.extra_tokens = source.fmt.extra_tokens if source.fmt else None
     beside = (path.with_suffix(NPZ_TOKENIZER), path.with_name("paligemma_tokenizer.model"))
     source.tokenizer_model = next((file for file in beside if file.is_file()), None)
     if source.tokenizer_model == path.with_suffix(NPZ_TOKENIZER):
-        tokenizer = Tokenizer.load(source.tokenizer_model, source.extra_tokens)
+        tokenizer = Tokenizer.load(source.tokenizer_model, source.extra_tokens or ())
         source.tokens = tokens_of(tokenizer)
     masks = path.with_suffix(NPZ_MASKS)
     if masks.is_file():
