@@ -246,7 +246,9 @@ class Maker:
         keep = part.source.cache and config.augment is None
         made, pixels = (self._rows.get(key), self._images.get(place)) if keep else (None, None)
         if made is None or pixels is None:
-            record = part.source[row]
+            # What is kept may serve another task of the same record later.
+            whole = keep or get_task(task).has_masks
+            record = part.source[row] if whole else part.source.without_masks(row)
             height, width = record["image"].shape[:2]
             drawn = draw(config.augment, width, height, rng)
         if made is None:
@@ -256,7 +258,7 @@ class Maker:
                 self._rows[key] = made
         if pixels is None:
             image, _ = prepare_image(record, config.image_size, config.style, drawn=drawn)
-            pixels = image, class_map(record, config.mask_size, drawn.crop)
+            pixels = image, class_map(record, config.mask_size, drawn.crop) if whole else None
             size = sum(array.nbytes for array in pixels if array is not None)
             if keep and size <= self._room:
                 self._room -= size

@@ -12,7 +12,7 @@ import re
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 # From this many records on, what a scan found is kept in a file beside the data set.
 SCAN_FILE_FROM = 2_000
+
+PIXELS = ("image", "segmentation")
 
 
 class RecordSource:
@@ -51,7 +53,11 @@ class RecordSource:
         from tensorflow_datasets.core.decode import DeserializeMethod
 
         builder = tfds.builder_from_directory(self.directory)
-        self._features = builder.info.features
+        features = builder.info.features
+        self._stored = {
+            key: (features[key].np_dtype, features[key].to_json_content().encoding == "zlib")
+            for key in PIXELS
+        }
         self._raw = builder.as_data_source(
             self.split, deserialize_method=DeserializeMethod.RAW_BYTES
         )
@@ -74,24 +80,25 @@ class RecordSource:
         return f"{self.name}/{self.split} ({len(self)} records)"
 
     def __getitem__(self, row: int) -> records.Record:
-        known = self._records.get(row)
-        if known is not None:
-            return known
-        try:
-            record = records.decode(_example(self._raw[row], self._features, pixels=True))
-        except Exception as error:
-            raise self._unreadable(row, error) from error
+        record = self._read(row, PIXELS)
         if self.cache:
             self._records[row] = record
         return record
 
+    def without_masks(self, row: int) -> records.Record:
+        """The record with its image but zeros for its segmentation, which need not be unpacked."""
+        return self[row] if self.cache else self._read(row, PIXELS[:1])
+
     def light(self, row: int) -> records.Record:
         """The record without its pixels; much cheaper to read."""
+        return self._read(row, ())
+
+    def _read(self, row: int, wanted: Sequence[str]) -> records.Record:
         known = self._records.get(row)
         if known is not None:
             return known
         try:
-            return records.decode(_example(self._raw[row], self._features, pixels=False))
+            return records.decode(_example(self._raw[row], self._stored, wanted))
         except Exception as error:
             raise self._unreadable(row, error) from error
 
@@ -117,8 +124,7 @@ class RecordSource:
 
     def _unreadable(self, row: int, error: Exception) -> UserError:
         try:
-            example = _example(self._raw[row], self._features, pixels=False)
-            name = records.decode(example)["id"]
+            name = records.decode(_example(self._raw[row], self._stored, ()))["id"]
         except Exception:
             name = f"number {row}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -244,11 +250,14 @@ def _build_command(name: str, data_dir: Path) -> str:
     return f"python -m tfds_builders {short}{source} --data_dir={data_dir}"
 
 
-def _example(raw: bytes, features: Any, pixels: bool) -> dict[str, Any]:
-    """A stored example as TFDS would decode it; without `pixels` its arrays are zeros.
+def _example(
+    raw: bytes, arrays: Mapping[str, tuple[np.dtype, bool]], wanted: Collection[str]
+) -> dict[str, Any]:
+    """A stored example as TFDS would decode it; arrays that are not `wanted` are zeros.
 
-    Reads the protocol buffer itself: TFDS turns every field into arrays on the way, which takes
-    several times as long, and reads the pixels where only texts are wanted.
+    `arrays`: the dtype of each, and whether it is stored by zlib. Reads the protocol buffer itself:
+    TFDS turns every field into arrays on the way, which takes several times as long, and reads the
+    pixels where only texts are wanted.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -278,13 +287,11 @@ def _example(raw: bytes, features: Any, pixels: bool) -> dict[str, Any]:
         example[key] = first(key)
     for key in ("rescale", "spacing_mm"):
         example[key] = np.frombuffer(first(key), np.float64)
-    for key in ("image", "segmentation"):
+    for key, (dtype, by_zlib) in arrays.items():
         shape = tuple(values(f"{key}/shape", "int64_list"))
-        dtype = features[key].np_dtype
-        if pixels:
+        if key in wanted:
             data = first(f"{key}/value")
-            if features[key].to_json_content().encoding == "zlib":
-                data = zlib.decompress(data)
+            data = zlib.decompress(data) if by_zlib else data
             example[key] = np.frombuffer(data, dtype).reshape(shape)
         else:
             example[key] = np.broadcast_to(np.zeros((), dtype), shape)

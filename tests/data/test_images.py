@@ -175,25 +175,37 @@ def test_display_image():
     assert (shown == picture["image"]).all() and not np.shares_memory(shown, picture["image"])
 
 
-def test_only_the_pixels_that_count_are_normalised():
+def test_only_the_pixels_that_count_are_normalised(monkeypatch):
     seen = []
 
-    def function(values):
-        seen.append(values.size)
-        return values[None].astype(np.float32)
+    def augment(drawn, low, high):
+        def change(values):
+            seen.append(values.size)
+            return values
 
-    images.resize_after(np.zeros((512, 512), np.float32), 64, function)
-    images.resize_after(np.zeros((40, 40), np.float32), 64, function)
-    assert seen == [4 * 64 * 64, 40 * 40]
+        return change
 
-    # Whole numbers are looked up: each value between the extremes is normalised once.
-    seen.clear()
+    monkeypatch.setattr(images, "_augment", augment)
+    for side, pixels in ((512, 4 * 64 * 64), (40, 40 * 40)):
+        images.slice_to_input(np.zeros((side, side), np.float32), 64, "CT")
+        assert seen == [2, pixels]  # the extremes, then the pixels
+        seen.clear()
+
+
+def test_a_power_is_looked_up():
+    """A pixel value's power is taken once; where nearly every pixel has its own, pixel by pixel."""
+    bent = Draw(Crop.full(512, 512), gamma=1.3)
     raw = np.random.default_rng(0).integers(-300, 301, (512, 512)).astype(np.int16)
-    raw[:4, :4], raw[-4:, -4:] = -300, 300
-    found = images.resize_after(raw, 64, function)
-    assert seen == [601]
-    np.testing.assert_array_equal(found, images.resize_after(raw.astype(np.float32), 64, function))
-    # Where nearly every pixel has a value of its own, a table would be more work.
-    seen.clear()
-    images.resize_after(np.arange(-800, 800, dtype=np.int16).reshape(40, 40), 64, function)
-    assert seen == [40 * 40]
+    many = np.arange(-800, 800, dtype=np.int16).reshape(40, 40)
+    for whole, seen in ((raw, 601), (many, 40 * 40)):
+        raised = []
+
+        def real(values, raised=raised):
+            raised.append(values.size)
+            return values.astype(np.float32)
+
+        np.testing.assert_array_equal(images._looked_up(whole, real), whole)
+        assert raised == [whole.max() - int(whole.min()) + 1] == [seen]
+    found = images.slice_to_input(raw, 64, "CT", drawn=bent)
+    wide = images.slice_to_input(raw.astype(np.float32), 64, "CT", drawn=bent)
+    np.testing.assert_allclose(found, wide, atol=1e-6)

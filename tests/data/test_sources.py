@@ -54,9 +54,18 @@ def test_light_reading_leaves_only_the_pixels_out(train):
          {k: v for k, v in full.items() if k not in pixels})  # fmt: skip
 
 
+def test_reading_without_masks_leaves_only_them_out(train):
+    full, part = train[3], train.without_masks(3)
+    assert full["segmentation"].any() and not part["segmentation"].any()
+    assert part["segmentation"].shape == full["segmentation"].shape
+    same({k: v for k, v in part.items() if k != "segmentation"},
+         {k: v for k, v in full.items() if k != "segmentation"})  # fmt: skip
+
+
 def test_caching_keeps_records(data_dir):
     source = open_source("made_up", "train", data_dir, cache=True)
-    assert source[2] is source[2] is source.light(2)
+    assert source[2] is source[2] is source.light(2) is source.without_masks(2)
+    assert source.without_masks(1) is source[1]  # what is kept is kept whole
     copy = pickle.loads(pickle.dumps(source))
     assert copy.cache and len(copy) == len(source) and copy[2] is not source[2]
     assert copy[2]["id"] == source[2]["id"]
