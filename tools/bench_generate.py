@@ -38,15 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--peer", default="", help=f"the peer's cache: {', '.join(CACHES)}")
     parser.add_argument("--same_weights", action="store_true", help="compare the tokens too")
-
-    def work():
-        options = parser.parse_args(argv)
-        figures = bench(options)
-        if options.json != "-":
-            print(table(figures))
-        setup.write_json(options.json, figures)
-
-    setup.run_command(work)
+    setup.run_bench(parser, argv, bench, table)
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:

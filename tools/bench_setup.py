@@ -321,6 +321,24 @@ def numbers(flag: str, text: str) -> list[int]:
     return found
 
 
+def run_bench(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    bench: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Flags → figures → a table, and JSON where --json says; `-`: nothing but JSON."""
+
+    def work():
+        options = parser.parse_args(argv)
+        figures = bench(options)
+        if options.json != "-":
+            print(table(figures))
+        write_json(options.json, figures)
+
+    run_command(work)
+
+
 def run_command(work: Callable[[], None]) -> None:
     """A user's mistake and Ctrl-C end with one line, as everywhere in the project."""
     try:

@@ -44,15 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "--same_weights", action="store_true", help="the peers get ours, and losses are compared"
     )
     parser.add_argument("--no_parts", action="store_true", help="do not time parts of the step")
-
-    def work():
-        options = parser.parse_args(argv)
-        figures = bench(options)
-        if options.json != "-":
-            print(table(figures))
-        setup.write_json(options.json, figures)
-
-    setup.run_command(work)
+    setup.run_bench(parser, argv, bench, table)
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:

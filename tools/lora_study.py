@@ -1,6 +1,6 @@
 """Are LoRA's factors as good as training everything? From CT phantoms to MR phantoms, both ways.
 
-    python -m tools.lora_study --out=DIR [--steps=900] [--adapt_steps=300] [--seed=0]
+    python -m tools.lora_study --out=DIR [--steps=1500] [--adapt_steps=300] [--seed=0]
 
 Trains configs/det.py:demo on CT phantoms, then twice from its last checkpoint on MR phantoms: all
 parameters, and factors alone. The three are ordinary runs below DIR, so an interrupted study goes
@@ -18,14 +18,14 @@ import ml_collections
 import numpy as np
 
 from rg_jax import recipes
-from rg_jax.cli import stop
 from rg_jax.config import write_aside
 from rg_jax.errors import UserError
 from rg_jax.evaluation.bootstrap import Interval, bootstrap_mean
 from rg_jax.evaluation.results import read_results
 from rg_jax.run import TRAINABLE_FILE
-from tfds_builders.__main__ import Parser
-from tools.training_runs import train_apart
+from tfds_builders.__main__ import build
+from tfds_builders.phantom.phantom_dataset_builder import Builder, PhantomConfig
+from tools.training_runs import run_study, study_parser, train_apart
 
 DET_CONFIG = Path(__file__).parents[1] / "configs" / "det.py"
 MARGIN = 0.05  # G-IoU: two ways that differ by less are as good as each other
@@ -55,6 +55,8 @@ def scores_of(name: str, argument: str, options: argparse.Namespace) -> dict[str
 
 def study(options: argparse.Namespace) -> dict[str, Any]:
     """Trains what is missing; figures of the three runs and the paired difference."""
+    for modality in ("ct", "mr"):
+        build(Builder, PhantomConfig(modality=modality), options.data_dir)
     start = options.out / "ct"
     adapt = f"modality=mr,steps={options.adapt_steps},start={start}"
     runs = {
@@ -108,30 +110,18 @@ def table(told: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m tools.lora_study",
-        description=(__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=900, help="on CT (default: 900)")
-    parser.add_argument("--adapt_steps", type=int, default=300, help="on MR (default: 300)")
+    parser = study_parser("lora_study", __doc__, 1500, "on CT")
+    parser.add_argument("--adapt_steps", type=int, default=300, help="on MR (300)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data_dir", default="data", help="where phantoms lie (default: data)")
-    try:
-        options = parser.parse_args(argv)
-        if min(options.steps, options.adapt_steps) < 1:
-            raise UserError("--steps and --adapt_steps must be at least 1")
-        options.out = options.out.expanduser().absolute()
-        options.data_dir = str(Path(options.data_dir).expanduser().absolute())
+
+    def work(options: argparse.Namespace) -> None:
+        if options.adapt_steps < 1:
+            raise UserError(f"--adapt_steps={options.adapt_steps}: must be at least 1")
         told = study(options)
         write_aside(options.out / "lora.json", json.dumps(told, indent=1) + "\n")
         print(table(told))
-    except UserError as error:
-        stop(str(error))
-    except KeyboardInterrupt:
-        stop("interrupted; the same command goes on where it was", 130)
+
+    run_study(parser, argv, work)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from rg_jax.cli import stop
 from rg_jax.config import write_aside
 from rg_jax.errors import UserError
 from rg_jax.evaluation.bootstrap import Interval, bootstrap_mean, intervals, mean, ratio
 from rg_jax.evaluation.masks import dice
 from rg_jax.evaluation.results import Result, read_results
-from tfds_builders.__main__ import Parser, build
+from tfds_builders.__main__ import build
 from tfds_builders.phantom.phantom_dataset_builder import Builder, PhantomConfig
-from tools.training_runs import train_apart
+from tools.training_runs import run_study, study_parser, train_apart
 
 SEG_CONFIG = Path(__file__).parents[1] / "configs" / "seg.py"
 MARGIN = 0.05  # Dice: two orders that differ by less train to the same
@@ -159,35 +158,21 @@ def table(told: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m tools.mask_studies",
-        description=(__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = study_parser("mask_studies", __doc__, 500, "steps of each run")
     parser.add_argument("study", choices=sorted(STUDIES))
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=500, help="steps of each run (default: 500)")
-    parser.add_argument("--seeds", default="", help="comma-separated (default: decoders 0,1,2)")
-    parser.add_argument("--data_dir", default="data", help="where phantoms lie (default: data)")
-    try:
-        options = parser.parse_args(argv)
+    parser.add_argument("--seeds", default="", help="comma-separated (decoders: 0,1,2)")
+
+    def work(options: argparse.Namespace) -> None:
         given = options.seeds or ("0,1,2" if options.study == "decoders" else "0")
         try:
             seeds = [int(seed) for seed in given.split(",")]
         except ValueError:
             raise UserError(f"--seeds={given}: whole numbers, separated by commas") from None
-        if options.steps < 1:
-            raise UserError(f"--steps={options.steps}: must be at least 1")
-        out = options.out.expanduser().absolute()
-        data_dir = str(Path(options.data_dir).expanduser().absolute())
-        told = study(options.study, options.steps, seeds, data_dir, out)
-        write_aside(out / f"{options.study}.json", json.dumps(told, indent=1) + "\n")
+        told = study(options.study, options.steps, seeds, options.data_dir, options.out)
+        write_aside(options.out / f"{options.study}.json", json.dumps(told, indent=1) + "\n")
         print(table(told))
-    except UserError as error:
-        stop(str(error))
-    except KeyboardInterrupt:
-        stop("interrupted; the same command goes on where it was", 130)
+
+    run_study(parser, argv, work)
 
 
 if __name__ == "__main__":

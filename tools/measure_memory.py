@@ -38,15 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="24,8,1", help="rows of a micro-batch, by commas")
     parser.add_argument("--recipes", default="det,seg", help="det, seg, by commas")
     parser.add_argument("--run", action="store_true", help="run the step once and read the peak")
-
-    def work():
-        options = parser.parse_args(argv)
-        figures = bench(options)
-        if options.json != "-":
-            print(table(figures))
-        setup.write_json(options.json, figures)
-
-    setup.run_command(work)
+    setup.run_bench(parser, argv, bench, table)
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
