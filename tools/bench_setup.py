@@ -342,6 +342,7 @@ def run_bench(
 def run_command(work: Callable[[], None]) -> None:
     """A user's mistake and Ctrl-C end with one line, as everywhere in the project."""
     try:
+        mesh_lib.prepare_backend()
         work()
     except UserError as error:
         stop(str(error))

@@ -32,6 +32,7 @@ from rg_jax.data.tokenizer import Tokenizer
 from rg_jax.errors import UserError
 from rg_jax.grounding.format import GroundingFormat
 from rg_jax.grounding.prompts import CONTEXTS, LAYOUT_OF_TASK, WORDINGS
+from rg_jax.host_memory import keep_freed
 
 _log = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ class Maker:
         self._make_caches()
 
     def _make_caches(self) -> None:
+        keep_freed()  # a worker process comes by here too
         self._generators = _Generators(self.seed)
         self._available = functools.lru_cache(maxsize=100_000)(
             lambda part, row: self._scans[part].available(row)

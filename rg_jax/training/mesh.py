@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rg_jax.errors import UserError
+from rg_jax.host_memory import keep_freed
 
 T = TypeVar("T")
 
@@ -20,8 +22,20 @@ AXIS = "fsdp"
 MIN_SHARDED_SIZE = 2**14
 
 
-def prepare_backend(hosts: bool = False) -> None:
+# What JAX needs to use anything but a CPU.
+_PLUGINS = (
+    "jax_cuda12_plugin",
+    "jax_cuda13_plugin",
+    "jax_rocm60_plugin",
+    "jax_rocm7_plugin",
+    "libtpu",
+)
+
+
+def prepare_backend(hosts: bool = False, steps: bool = True) -> None:
     """To be called before JAX touches a device; `hosts`: several processes work together.
+
+    With `steps`, where there is nothing but a CPU, this process keeps the memory of its steps.
 
     On a CPU that plays several devices, two programs under way at once can wait for each other
     for ever: there, a program is finished before the next one starts. GPUs, TPUs and a CPU that
@@ -29,6 +43,8 @@ def prepare_backend(hosts: bool = False) -> None:
     """
     if hosts or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if steps and (jax.config.jax_platforms == "cpu" or not any(map(find_spec, _PLUGINS))):
+        keep_freed(large=True)
 
 
 def define_host_flags(values: flags.FlagValues = flags.FLAGS) -> None:

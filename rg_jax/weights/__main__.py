@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         command, wanted = inspect_variant, 0
     if len(names) != wanted:
         raise UserError(f"{name} takes {wanted} name(s), not {len(names)}: {USAGE}")
-    mesh_lib.prepare_backend()
+    mesh_lib.prepare_backend(steps=False)
     command(*names)
 
 
