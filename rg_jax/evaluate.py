@@ -31,6 +31,7 @@ from rg_jax.evaluation import benchmarks, compare, driver, published_figures
 from rg_jax.evaluation.embedder import load_embedder
 from rg_jax.evaluation.giou import DEFINITIONS
 from rg_jax.evaluation.pairs import evaluate_pairs
+from rg_jax.evaluation.seen import contents_of, mixtures_of
 from rg_jax.grounding.format import GroundingFormat
 from rg_jax.run import open_run
 from rg_jax.training import mesh as mesh_lib
@@ -121,16 +122,17 @@ def evaluate_command(values: flags.FlagValues) -> None:
         run, weights = open_weights(values.config, values.weights)
     config = run.config
     # Of weights from elsewhere nobody knows on what they were trained.
-    mixtures = {w: list(config.data[w]) for w in ("train", "val")} if workdir else None
+    mixtures = mixtures_of(config) if workdir else None
     settings: dict[str, Any] = {}
+    folders = [values.data_dir or config.data.dir, config.data.dir]
     with config.unlocked():
-        config.data.dir = values.data_dir or config.data.dir
+        config.data.dir = folders[0]
         for name in ("embedder", "definition"):
             if values[name].value is not None:
                 config.eval[name] = values[name].value
         parts = config.data.test
         if benchmark:
-            seen = benchmarks.check_honest(benchmark, mixtures or {})
+            seen = benchmarks.check_honest(benchmark, mixtures or {}, contents_of(folders))
             parts = [benchmark.part()]
             config.data.languages = list(benchmark.languages)
             settings = {
@@ -139,7 +141,8 @@ def evaluate_command(values: flags.FlagValues) -> None:
                 "about": {"benchmark": benchmark.describe()},
             }
             if seen:
-                print(f"{benchmark.name}: config.data.{seen[0]} of this run holds these questions")
+                which, reason = next(iter(seen.items()))
+                print(f"{benchmark.name}: seen in config.data.{which} of this run ({reason})")
         if values.data:
             parts = named_parts(config, values.data)
         if values.split:
@@ -159,6 +162,7 @@ def evaluate_command(values: flags.FlagValues) -> None:
         workdir=workdir,
         out=out,
         mixtures=mixtures,
+        data_dirs=folders,
         embedder=embedder,
         **settings,
     )

@@ -92,7 +92,7 @@ def test_a_lasting_fault_is_a_failure_and_is_not_kept(tmp_path, said, kind):
 @pytest.mark.parametrize(("said", "kind"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
 def test_a_passing_fault_is_got_over(said, kind):
     with FakeEndpoint(lambda body, number: said if number < 2 else {"n": 7}) as fake:
-        client = endpoint(fake, timeout=0.8 if kind == "timeout" else 20)
+        client = endpoint(fake, timeout=3 if kind == "timeout" else 20)
         assert client.ask(request()) == Answer({"n": 7})
         assert client.faults == {kind: 2} and client.asked == 3
 

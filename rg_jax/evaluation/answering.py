@@ -23,12 +23,13 @@ from rg_jax.evaluation.results import Result, make_result
 
 
 class EvalSet(NamedTuple):
-    """Samples of one data set and split."""
+    """Samples of one data set and split, out of `total`."""
 
     data: str
     split: str
     source: RecordSource
     samples: list[Sample]
+    total: int
 
 
 def open_sets(run: run_lib.Run, which: str, limit: int) -> list[EvalSet]:
@@ -44,7 +45,9 @@ def open_sets(run: run_lib.Run, which: str, limit: int) -> list[EvalSet]:
             run_lib.data_config(run.config),
             limit=limit or None,
         )
-        sets.append(EvalSet(source.name, source.split, source, samples))
+        wanted = [task for task, weight in part["tasks"].items() if weight > 0]
+        total = source.scan(run.config.data.languages, run.fmt).questions(wanted)
+        sets.append(EvalSet(source.name, source.split, source, samples, total))
     return sets
 
 

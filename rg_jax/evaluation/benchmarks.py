@@ -11,7 +11,7 @@ Asked for a validation split, the published evaluation reads SLAKE's validate.js
 VQA-RAD, the test file: what is called test there also chose the checkpoint. The two `_published`
 protocols reproduce that, and remove grounding marks as the published code does. The other two are
 for figures of your own: a run whose training or validation mixture holds the evaluated split is
-refused.
+refused, and so is one that has seen the same questions in another variant of the data set.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from rg_jax import recipes
 from rg_jax.errors import UserError
+from rg_jax.evaluation.seen import Contents, Part, seen_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,34 +99,19 @@ def get(name: str) -> Benchmark:
         raise UserError(f"--benchmark={name} is not one of {', '.join(BENCHMARKS)}") from None
 
 
-def seen_in(part: Mapping[str, Any], mixtures: Mapping[str, Sequence[Mapping[str, Any]]]) -> list:
-    """Which of a run's mixtures ("train", "val") hold the split that `part` evaluates.
-
-    Splits are compared without their slices: `val[:50%]` is a look at `val`. A part without a
-    builder variant is taken for the same one.
-    """
-
-    def same(other: Mapping[str, Any]) -> bool:
-        configs = {part["config"], other["config"]} - {""}
-        ours, theirs = (
-            {piece.partition("[")[0].strip() for piece in p["split"].split("+")}
-            for p in (part, other)
-        )
-        return part["name"] == other["name"] and len(configs) < 2 and bool(ours & theirs)
-
-    return [name for name, parts in mixtures.items() if any(same(other) for other in parts)]
-
-
-def check_honest(benchmark: Benchmark, mixtures: Mapping[str, Sequence[Mapping]]) -> list[str]:
-    """Mixtures of the run that hold the evaluated questions.
+def check_honest(
+    benchmark: Benchmark, mixtures: Mapping[str, Sequence[Part]], contents: Contents
+) -> dict[str, str]:
+    """Mixtures of the run that hold the evaluated questions, and how that is known.
 
     Raises UserError if there are some and the protocol does not allow it.
     """
-    seen = seen_in(benchmark.part(), mixtures)
+    seen = seen_in(benchmark.part(), mixtures, contents)
     if seen and not benchmark.published:
+        which, reason = next(iter(seen.items()))
         raise UserError(
-            f"--benchmark={benchmark.name}: this run's config.data.{seen[0]} holds "
-            f"{benchmark.data} {benchmark.split}, so its figures there would not be honest; "
-            f"evaluate it with --data={benchmark.data} --split={benchmark.split}, which says so"
+            f"--benchmark={benchmark.name}: this run's config.data.{which} has seen what is "
+            f"evaluated ({reason}), so its figures would not be honest; evaluate it with "
+            f"--data={benchmark.data} --split={benchmark.split}, which says so"
         )
     return seen

@@ -26,13 +26,13 @@ from rg_jax.evaluation.answering import (
 )
 from rg_jax.evaluation.answers import Answers
 from rg_jax.evaluation.baseline import BlindBaseline
-from rg_jax.evaluation.benchmarks import seen_in
 from rg_jax.evaluation.embedder import Embedder, load_embedder
 from rg_jax.evaluation.folders import asides, check_replaceable, swap
 from rg_jax.evaluation.giou import DEFINITIONS
 from rg_jax.evaluation.predictor import Params, Predictor, fingerprint
 from rg_jax.evaluation.results import Result, write_results
 from rg_jax.evaluation.score import score_results, write_metrics
+from rg_jax.evaluation.seen import contents_of, mixtures_of, seen_in
 from rg_jax.training import mesh as mesh_lib
 
 BASELINE_FILE = "blind_baseline.json"
@@ -163,7 +163,7 @@ def evaluate(
             remover=remover,
             baseline=baseline,
             resamples=run.config.eval.bootstrap,
-            about={**weights.about, **about},
+            about={**weights.about, **about, "total": evaluated.total},
         )
         write_folder(run, evaluated, results, metrics, out, weights.facts, workdir)
     return metrics
@@ -230,7 +230,7 @@ def evaluate_all(
 ) -> dict:
     """Evaluates every set of `config.data.<which>` at the end of training, into the run's folder;
     returns the metrics of the last one."""
-    mixtures = {name: list(run.config.data[name]) for name in ("train", "val")}
+    mixtures = mixtures_of(run.config)
     weights = of_step(run, params, step)
     return evaluate_sets(run, weights, which, limit, workdir=workdir, mixtures=mixtures)
 
@@ -245,6 +245,7 @@ def evaluate_sets(
     out: Path | None = None,
     name: str | None = None,
     mixtures: Mapping[str, Sequence[Mapping]] | None = None,
+    data_dirs: Sequence[str] = (),
     about: Mapping[str, Any] | None = None,
     embedder: Embedder | None = None,
     remover: str = "ours",
@@ -253,7 +254,8 @@ def evaluate_sets(
 
     Into `out` (one folder below it for each set if there are several), else `workdir`/eval, in a
     folder called `name` or after data and split. `mixtures`: the train and val mixtures of the
-    run, so that a result can say whether its samples were seen; None: nobody knows them.
+    run, so that a result can say whether its samples were seen; None: nobody knows them. They lie
+    in the data folder of the config, or in one of `data_dirs`.
     `embedder`: that of the config, if it is loaded already.
     """
     embedder = embedder or check_scoring(run.config)
@@ -262,13 +264,15 @@ def evaluate_sets(
     predictor = make_predictor(run)
     prepared = predictor.prepare(weights.params)
     about = {"parameters": fingerprint(weights.params)[:16], **dict(about or {})}
+    # Where the run has its data from, and where they lie now.
+    folders = dict.fromkeys([run.config.data.dir, *data_dirs])
     metrics = {}
     for part, evaluated in zip(run.config.data[which], sets, strict=True):
         place = name or f"{evaluated.data}-{evaluated.split}".replace("/", "-")
         folder = workdir / "eval" / place if out is None else out / place if len(sets) > 1 else out
         told = dict(about)
         if mixtures is not None:
-            told["seen_in_training"] = seen_in(part, mixtures)
+            told["seen_in_training"] = seen_in(part, mixtures, contents_of(folders))
         metrics = evaluate(
             run,
             predictor,

@@ -183,9 +183,10 @@ def summary(metrics: Mapping[str, Any]) -> str:
     """The main figures for a terminal, one a line with interval and n."""
     about = metrics["set"]
     lines = [
-        f"{about['data']} ({about['split']}), {about['n']} samples; figures in %, "
+        f"{about['data']} ({about['split']}), {_of_all(about)} samples; figures in %, "
         f"95 % interval; G-IoU definition: {about['definition']}, mentions compared: "
-        f"{about['embedder']}"
+        f"{about['embedder']}",
+        *reservations(about),
     ]
     rows = [(key, name) for key, name, _ in GROUNDING]
     rows[1:1] = [(f"{b}_g_iou", NAMES[f"{b}_g_iou"]) for b in BASELINES]
@@ -202,6 +203,23 @@ def summary(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def reservations(about: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know before the figures: sentences, for page and terminal."""
+    said = [
+        f"SEEN IN TRAINING (config.data.{name}; {reason}): these figures say what the model "
+        "remembers, not how it reads new pictures."
+        for name, reason in (about.get("seen_in_training") or {}).items()
+    ]
+    if about.get("total", about["n"]) > about["n"]:
+        said.append(f"A PART OF THE SET: {_of_all(about)} samples, spread evenly over it.")
+    return said
+
+
+def _of_all(about: Mapping[str, Any]) -> str:
+    total = about.get("total", about["n"])
+    return f"{about['n']:,}" + (f" of {total:,}" if total > about["n"] else "")
+
+
 # --- parts of the page -----------------------------------------------------------------------
 
 
@@ -209,7 +227,7 @@ def _head(title: str, about: Mapping[str, Any], metrics, facts: Mapping[str, str
     rows = {
         "Data": about["data"],
         "Split": about["split"],
-        "Samples": f"{about['n']:,} on {metrics['counts']['records']:,} pictures",
+        "Samples": f"{_of_all(about)} on {metrics['counts']['records']:,} pictures",
         **facts,
         "G-IoU definition": about["definition"],
         "Mentions compared by": about["embedder"],
@@ -221,9 +239,13 @@ def _head(title: str, about: Mapping[str, Any], metrics, facts: Mapping[str, str
         f"<div><dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd></div>"
         for k, v in rows.items()
     )
+    warnings = "".join(
+        f'<p class="notice warning">{html.escape(said)}</p>' for said in reservations(about)
+    )
     return (
         f"<header><h1>{html.escape(title)}</h1>"
-        f'<dl class="facts">{terms}</dl><p class="notice">{html.escape(NOTICE)}</p></header>'
+        f'<dl class="facts">{terms}</dl>{warnings}<p class="notice">{html.escape(NOTICE)}</p>'
+        "</header>"
     )
 
 
@@ -234,6 +256,16 @@ def _number(figure: Mapping[str, Any] | None, interval: bool = False) -> str:
     if interval:
         text += f' <span class="ci">{_span(figure)}</span>'
     return text
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    """A figure over its interval and n, for tables in which every cell has its own."""
+    if not figure or not figure.get("n"):
+        return "<td>" + _number(figure) + "</td>"
+    return (
+        f"<td>{_number(figure)}{_failed(figure)}"
+        f'<span class="ci below">{_span(figure)}, n {figure["n"]:,}</span></td>'
+    )
 
 
 def _failed(figure: Mapping[str, Any]) -> str:
@@ -364,20 +396,18 @@ def _breakdown(metrics: Mapping[str, Any]) -> str:
         head = "".join(f"<th>{html.escape(NAMES[c])}</th>" for c in columns)
         rows = "".join(
             f"<tr><td>{html.escape(value)}</td>"
-            f"<td>{figures['malformed_rate']['n']:,}</td>"
-            + "".join(f"<td>{_number(figures.get(c), interval=c == 'g_iou')}</td>" for c in columns)
+            + "".join(_cell(figures.get(c)) for c in columns)
             + "</tr>"
             for value, figures in found.items()
         )
         tables.append(
             f"<h3>By {group.replace('_', ' ')}</h3>"
-            f"<table><thead><tr><th></th><th>samples</th>{head}</tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
+            f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
     if definitions := metrics.get("by_definition"):
         rows = "".join(
             f"<tr><td>{html.escape(name.replace('_', ' '))}</td>"
-            + "".join(f"<td>{_number(found.get(c), interval=True)}</td>" for c in DEFINED)
+            + "".join(_cell(found.get(c)) for c in DEFINED)
             + "</tr>"
             for name, found in definitions.items()
         )
@@ -396,8 +426,8 @@ def _breakdown(metrics: Mapping[str, Any]) -> str:
             f"<td>{_number(figures['iou'], interval=True)}"
             f'<span class="meter"><i style="width:{100 * figures["iou"]["mean"]:.0f}%"></i></span>'
             "</td>"
-            + (f"<td>{_number(figures.get('baseline_told_mentions_iou'))}</td>" if told else "")
-            + (f"<td>{_number(figures.get('mask_dice'), interval=True)}</td>" if dice else "")
+            + (_cell(figures.get("baseline_told_mentions_iou")) if told else "")
+            + (_cell(figures.get("mask_dice")) if dice else "")
             + "</tr>"
             for name, figures in classes
         )

@@ -144,10 +144,17 @@ def comparable(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "source": figure.source,
                 "protocol": _PROTOCOLS[data],
                 "comparable": not why,
-                "why": why or _CAVEATS.get(data, ""),
+                "why": why or _caveat(data, metrics["set"]),
             }
         )
     return rows
+
+
+def _caveat(data: str, about: Mapping[str, Any]) -> str:
+    seen = (
+        "this run has seen these questions while training" if about.get("seen_in_training") else ""
+    )
+    return "; ".join(filter(None, (_CAVEATS.get(data, ""), seen)))
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -165,8 +172,9 @@ def summary(metrics: Mapping[str, Any]) -> str:
         lines.append(
             f"  {row['name']:<45}{ours:<24} n={figure['n']}  {theirs:6.1f}  {row['model']}"
         )
-    reasons = dict.fromkeys(row["why"] for row in rows if not row["comparable"])
-    lines += [f"published figures that may not stand beside ours: {why}" for why in reasons]
+    for why in dict.fromkeys(row["why"] for row in rows if not row["comparable"]):
+        which = dict.fromkeys(row["name"] for row in rows if row["why"] == why)
+        lines.append(f"not beside ours ({why}): published {', '.join(which)}")
     lines += [f"caveat: {why}" for why in dict.fromkeys(r["why"] for r in fitting) if why]
     return "\n".join(lines)
 

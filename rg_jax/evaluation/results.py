@@ -201,6 +201,7 @@ def _to_json(result: Result) -> dict[str, Any]:
         "malformed": [mark._asdict() for mark in result.malformed],
         "g_iou": score.g_iou,
         "matches": [match._asdict() for match in score.matches],
+        "mask_scored": result.mask_score is not None,
         "mask_g_iou": None if result.mask_score is None else result.mask_score.g_iou,
         "counts": dict(sample.counts),
     }
@@ -243,7 +244,9 @@ def _from_json(row: dict[str, Any]) -> Result:
     )
     predicted = _entities_from_json(row["prediction_entities"])
     found, wanted = (_masks_from_json(row[f"{w}_entities"]) for w in ("prediction", "reference"))
-    mask_score = score_masks(entities, wanted, predicted, found) if wanted or found else None
+    # A sample that is asked for masks counts even where neither side has one.
+    scored = row.get("mask_scored", bool(wanted or found))
+    mask_score = score_masks(entities, wanted, predicted, found) if scored else None
     score = SampleScore(
         row["g_iou"],
         tuple(entity.class_id for entity in entities),

@@ -140,7 +140,7 @@ def test_faults_are_counted_and_never_scored_or_lost(folder, results):
     failing = {texts[k]: reason for k, (_, reason) in FAULTS.items()}
     before = json.loads((folder / "metrics.json").read_text())
     with FakeEndpoint(script(results, FAULTS)) as fake:
-        metrics = judge_folder(folder, endpoint(fake, folder.parent / "kept", timeout=1))
+        metrics = judge_folder(folder, endpoint(fake, folder.parent / "kept", timeout=4))
     stored = json.loads((folder / "metrics.json").read_text())
     assert stored == json.loads(json.dumps(metrics))
     rows = [json.loads(line) for line in (folder / "judge.jsonl").read_text().splitlines()]
@@ -177,7 +177,7 @@ def test_faults_are_counted_and_never_scored_or_lost(folder, results):
 def test_only_what_failed_is_asked_again_and_the_end_is_the_same(folder, results):
     kept = folder.parent / "kept"
     with FakeEndpoint(script(results, FAULTS)) as fake:
-        judge_folder(folder, endpoint(fake, kept, timeout=1))
+        judge_folder(folder, endpoint(fake, kept, timeout=4))
     with FakeEndpoint(script(results, {})) as fake:
         judge_folder(folder, endpoint(fake, kept))
         again = len(fake.asked)

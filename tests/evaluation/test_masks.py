@@ -120,6 +120,18 @@ def test_results_with_masks_are_written_and_read_back(tmp_path):
         )
 
 
+def test_a_sample_without_any_entity_counts_when_it_is_read_back_too(tmp_path):
+    """Asked for masks, none to be found and none given: right, and scored as such both times."""
+    nothing = dataclasses.replace(sample("c"), entities=(), text="Nothing.", target="Nothing.")
+    empty = np.zeros((0, SIZE, SIZE), bool)
+    none = make_result(nothing, "Nothing.", OURS, masks=empty, reference_masks=())
+    assert none.mask_score is not None
+    write_results(tmp_path / "p.jsonl", [none, result(BOTH, [LIVER, SPLEEN])])
+    read = read_results(tmp_path / "p.jsonl")
+    scores = {r.sample.id: r.mask_score for r in read}
+    assert scores["c"] == none.mask_score and scores["s"].g_iou == 1
+
+
 def test_runs_are_exact_and_checked():
     rng = np.random.default_rng(0)
     for mask in (

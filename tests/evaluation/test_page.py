@@ -215,6 +215,29 @@ def test_the_terminal_gets_the_same_figures(metrics):
     assert "None" not in text and "nan" not in text
 
 
+def test_what_a_reader_has_to_know_first(tmp_path, metrics, results):
+    plain = page.summary(metrics)
+    assert "SEEN" not in plain and "PART" not in plain
+    reason = "slake/image-en, split train: 3 of 9 questions and captions are the same"
+    about = {**metrics["set"], "total": 790, "seen_in_training": {"train": reason}}
+    told = {**metrics, "set": about}
+    for text in (page.summary(told), write(tmp_path, told, results)):
+        assert "SEEN IN TRAINING (config.data.train; " + reason in text
+        assert "A PART OF THE SET: 16 of 790 samples" in text
+
+
+def test_every_figure_of_a_breakdown_has_its_interval_and_n(tmp_path, metrics, results):
+    text = write(tmp_path, metrics, results)
+    rows = re.findall(r"<tr><td>(?:detect|vqa)</td>(.*?)</tr>", text)
+    assert len(rows) == 2
+    figures = metrics["by_task"]["detect"]
+    cells = [cell for row in rows for cell in re.findall(r"<td>(.*?)</td>", row)]
+    for cell in cells:
+        assert "–" in cell or re.search(r"\d to -?\d+\.\d, n \d", cell), cell
+    low, high, n = (figures["g_iou"][key] for key in ("low", "high", "n"))
+    assert f"{100 * low:.1f} to {100 * high:.1f}, n {n}" in text
+
+
 def test_history_survives_a_killed_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(

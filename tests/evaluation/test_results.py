@@ -14,7 +14,7 @@ KEYS = {
     "id", "record_id", "task", "language", "modality", "answer_type", "prompt", "reference",
     "reference_text", "reference_entities", "prediction", "prediction_text",
     "prediction_entities", "malformed", "g_iou", "matches", "counts",
-    "marks", "mask_g_iou",
+    "marks", "mask_scored", "mask_g_iou",
 }  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_nothing_false_enters_and_every_fault_is_counted(tmp_path):
             return captions[caption] if broken else mentions(("liver", "liver"))
         return mentions(("spleen", "spleen"))
 
-    flags = [f"--sentences={file}", "--language=en", "--model=m", "--retries=1", "--timeout=1.5"]
+    flags = [f"--sentences={file}", "--language=en", "--model=m", "--retries=1", "--timeout=4"]
     with FakeEndpoint(script) as fake:
         done, found, answers = stage(tmp_path, *flags, f"--url={fake.url}")
         lost = {name for name in FAULTS if name not in ("wrong class", "not there")}
