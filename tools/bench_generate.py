@@ -122,7 +122,8 @@ def _ours(case: setup.Case, params, prompts, tokens: int) -> Callable[[], np.nda
         close_id = out["tokens"][0, 0]
         return out["tokens"], masks_of_generated(model, params, out, close_id, case.slots, side)
 
-    given = [prompts[name] for name in ("image", "text", "mask_input")]
+    # On the device beforehand, as the peer's inputs are.
+    given = [jax.device_put(prompts[name]) for name in ("image", "text", "mask_input")]
     compiled = jax.jit(decode).lower(params, *given).compile()
 
     def run():

@@ -14,15 +14,18 @@ twice counts) over time and the maker's dense bf16 peak.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rg_jax.config import write_aside
 from rg_jax.errors import UserError
 from rg_jax.model.flops import parts_of, train_step_flops
 from rg_jax.training import memory
@@ -30,6 +33,8 @@ from rg_jax.training import mesh as mesh_lib
 from rg_jax.training.peaks import peak_flops
 from tools import bench_setup as setup
 from tools.bench_parts import parts
+from tools.bench_profile import profile
+from tools.bench_profile import table as profile_table
 
 GIB = 2**30
 
@@ -43,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--same_weights", action="store_true", help="the peers get ours, and losses are compared"
     )
+    parser.add_argument("--profile", type=int, default=0, help="show so many costliest kernels")
+    parser.add_argument("--hlo", default="", help="write the compiled program here, as text")
     parser.add_argument("--no_parts", action="store_true", help="do not time parts of the step")
     setup.run_bench(parser, argv, bench, table)
 
@@ -54,6 +61,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--same_weights needs --recipe=det: the peers have no mask decoder")
     if options.same_weights and options.apart:
         raise UserError("--same_weights needs the peers in this process: leave --apart out")
+    # First of all: once JAX has a device, it keeps most of its memory for itself.
+    apart = {name: _peer_apart(options, name) for name in peers} if options.apart else {}
     case = setup.make_case(options)
     params = setup.random_params(case)
     kept = {k: np.asarray(v) for k, v in params.items()} if options.same_weights else None
@@ -69,6 +78,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "command": " ".join(["python -m tools.bench_train", *_given(options)]),
         "compile_seconds": time.perf_counter() - started,
     }
+    if options.hlo:
+        write_aside(Path(options.hlo), compiled.as_text())
     losses: list[float] = []
 
     def ours():
@@ -86,14 +97,14 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "compiled_bytes": memory.compiled_bytes(compiled),
         "peak_bytes": setup.peak_memory(),
     }
+    if options.profile:
+        figures["profile"] = profile(ours, top=options.profile)
     if not options.no_parts:
         figures["parts"] = parts(case, state, arrays, options.steps)
-    if options.apart:
-        del state, arrays, compiled, ours, sides  # the device is the peers' now
     figures["peers"] = {}
     for name in peers:
         if options.apart:
-            found = _peer_apart(options, name)
+            found = apart[name]
             seconds = found["seconds"] / figures["ours"]["seconds"]
             found["ratio"] = {"ratio": seconds, "quartiles": None, "by_processor_time": None}
         else:
@@ -148,15 +159,19 @@ class _Peer:
 def _peer_apart(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The figures of `tools.bench_peer` in a process of its own."""
     command = [sys.executable, "-m", "tools.bench_peer", f"--kind={name}", "--json=-"]
-    command += _given(options, without=("peer", "apart", "json", "no_parts", "same_weights"))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += _given(
+        options, without=("peer", "apart", "json", "no_parts", "profile", "hlo", "same_weights")
+    )
+    # The child asks JAX about the device only; its memory is torch's.
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"the peer '{name}' failed: {last}")
     return json.loads(done.stdout)["peer"]
 
 
-def _given(options: argparse.Namespace, without: tuple[str, ...] = ("json",)) -> list[str]:
+def _given(options: argparse.Namespace, without: tuple[str, ...] = ("json", "hlo")) -> list[str]:
     """The flags that say what is run, to be run again."""
     given = []
     for name, value in vars(options).items():
@@ -187,6 +202,8 @@ def table(figures: dict[str, Any]) -> str:
         )
     for name, row in figures.get("parts", {}).items():
         lines.append(f"  {name:<26}{row['seconds']:>10.4f}")
+    if "profile" in figures:
+        lines += profile_table(figures["profile"])
     lines.append(f"compiled in {figures['compile_seconds']:.1f} s; {figures['versions']}")
     return "\n".join(lines)
 
