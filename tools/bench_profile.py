@@ -77,7 +77,7 @@ def _events(data):
             if planes and not line.name.startswith(("Stream", "XLA Ops")):
                 continue
             for event in line.events:
-                stats = {key: value for key, value in event.stats}
+                stats = dict(event.stats)
                 if "hlo_op" in stats or planes:
                     yield event.name, str(stats.get("hlo_op", "")), event.duration_ns
 

@@ -4,9 +4,10 @@
     python -m tools.bench_suite --out=DIR --only=train,generate --limit_s=500
 
 Each benchmark is a process of its own, with its own memory, and ends before the next one starts.
-Its table is printed; its JSON, its log and, of a training step, the compiled program lie in DIR. One that fails does not stop the rest; what no
-time is left for is named. Compiled programs are kept in DIR/cache: what is run again does not
-compile again. With `--model=tiny` the list runs on a CPU, to see that it works.
+Its table is printed; its JSON, its log and the compiled training step lie in DIR. One that fails
+does not stop the rest; what no time is left for is named. Compiled programs are kept in DIR/cache:
+what is run again does not compile again. With `--model=tiny` the list runs on a CPU, to see that
+it works.
 """
 
 import os
