@@ -195,11 +195,13 @@ class ModelConfig:
     - `valid_vocab`: table rows from here on are padding: never predicted, never in a softmax's sum.
     - `compute_dtype`: what the matrix products run in; parameters keep their own dtype.
     - `remat`: what the backward pass recomputes: "none" keeps every intermediate, "full" only each
-      layer's input, "dots" the results of matrix products, "dots_no_batch" those without attention
-      products.
+      layer's input, "dots" the results of matrix products, "dots_no_batch" those with weights and
+      what attention mixed.
     - `vision_attention`: "cudnn" runs the encoder's attention in cuDNN's fused kernel (a GPU and
       bfloat16). The decoder's soft-cap rules that kernel out there.
     - `unroll`: how many layers one turn of the layer loop holds: more means longer compilation.
+      From the number of layers on there is no loop: nothing is copied into stacks and out of them,
+      and what is kept for the backward pass is freed layer by layer (an accelerator's choice).
     - `masks`: the mask decoder beside them; None: boxes only, exactly the original model.
     - `lora`: low-rank factors beside the weights; None: there are none.
     """

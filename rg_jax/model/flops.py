@@ -185,6 +185,6 @@ def _again(remat: str, weights: int, attention: int) -> int:
     return {
         "none": 0,
         "dots": 0,
-        "dots_no_batch": attention,
+        "dots_no_batch": attention // 2,  # the scores, not what they mix
         "full": weights + attention,
     }[remat]

@@ -54,10 +54,12 @@ def rotary_code(
 
 def rotate(x, code):
     """Turn each head's first half against its second half. x: (B, S, heads, H)."""
-    cos, sin = (part[:, :, None, :] for part in code)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    # Halves on an axis of their own, turned by reversing it: XLA makes one pass of that on a GPU,
+    # where slices that are put together again are written out one by one.
+    cos, sin = (part[:, :, None, None, :] for part in code)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    turned = halves * cos + jnp.flip(halves, axis=-2) * jnp.concatenate([-sin, sin], axis=-2)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -247,7 +249,7 @@ class Gemma2(nn.Module):
                 "the text or set llm.sliding_window to None to let every layer see everything."
             )
         layers = nn.scan(
-            remat_block(DecoderBlock, self.config.remat),
+            remat_block(DecoderBlock, self.config.remat, self.config.unroll >= llm.depth),
             variable_axes={"params": 0, lora.ROOT: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -12,9 +12,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 DEFAULT_BLOCK = 16_384
+SHARES = 8  # sizes in which the counted tokens are computed: an eighth of all, two eighths, …
 
 
 def blockwise_token_losses(
@@ -26,6 +27,8 @@ def blockwise_token_losses(
     valid_vocab: int | None = None,
     softcap: float | None = None,
     last_rows: Float[Array, "K D"] | None = None,
+    counted: Bool[Array, "*n"] | None = None,
+    groups: int = 1,
 ) -> Float[Array, "*n"]:
     """Each token's −log p(target), float32, over the first `valid_vocab` rows of the tied table.
 
@@ -33,8 +36,14 @@ def blockwise_token_losses(
     `hidden`, sums in float32. Blocks need not divide the vocabulary. A target outside the valid
     rows costs infinity. The table gets a gradient only where one is asked for. `last_rows` stand in
     for the last K valid rows, so that these can learn while the table is frozen.
-    Raises ValueError for a block size below 1, more valid rows than the table has, or no valid row
-    before the last ones.
+
+    Tokens that are not `counted` (prompts, padding) cost infinity or whatever, get no gradient, and
+    for the most part no logits are made for them: the counted ones are put side by side, and what
+    is computed is the smallest of `SHARES` shares of all tokens that holds them. On several devices
+    each puts its own side by side: the tokens are `groups` equal parts, of which every device has
+    as many.
+    Raises ValueError for a block size below 1, more valid rows than the table has, no valid row
+    before the last ones, or groups that do not divide the tokens.
     """
     rows = table.shape[0] if valid_vocab is None else valid_vocab
     if block_size < 1:
@@ -45,14 +54,21 @@ def blockwise_token_losses(
         raise ValueError(f"last_rows {len(last_rows)} leave none of the {rows} valid rows.")
     flat = hidden.reshape(-1, hidden.shape[-1])
     aims = targets.reshape(-1)
+    if len(aims) % groups:
+        raise ValueError(f"{len(aims)} tokens are not {groups} equal groups.")
+    counts = None if counted is None else counted.reshape(groups, -1)
+
+    def losses_of(flat, table, aims, rows):
+        return _losses(min(block_size, rows), rows, softcap, flat, table, aims, counts)
+
     if last_rows is None:
-        losses = _losses(min(block_size, rows), rows, softcap, flat, table, aims)
+        losses = losses_of(flat, table, aims, rows)
     else:
-        losses = _with_last_rows(block_size, rows, softcap, flat, table, aims, last_rows)
+        losses = _with_last_rows(losses_of, rows, softcap, flat, table, aims, last_rows)
     return losses.reshape(targets.shape)
 
 
-def _with_last_rows(block_size, rows, softcap, flat, table, targets, last_rows):
+def _with_last_rows(losses_of, rows, softcap, flat, table, targets, last_rows):
     """The softmax over two tables: the first rows of one, then all of the other."""
     known = rows - len(last_rows)
 
@@ -63,7 +79,7 @@ def _with_last_rows(block_size, rows, softcap, flat, table, targets, last_rows):
     here = targets < known
     inside = jnp.where(here, targets, 0)
     chosen = capped(jnp.einsum("md,md->m", flat, table[inside].astype(flat.dtype), **wide))
-    log_sum = chosen + _losses(min(block_size, known), known, softcap, flat, table, inside)
+    log_sum = chosen + losses_of(flat, table, inside, known)
     logits = capped(jnp.einsum("md,kd->mk", flat, last_rows.astype(flat.dtype), **wide))
     log_sum = jnp.logaddexp(log_sum, jax.nn.logsumexp(logits, axis=1))
     other = jnp.clip(targets - known, 0, len(last_rows) - 1)
@@ -152,26 +168,89 @@ def _forward(block, rows, softcap, flat, table, targets):
     return log_sum - chosen, log_sum, None
 
 
+def _side_by_side(counted, function, *given):
+    """`function` on the counted tokens side by side; its results at their places, zero elsewhere.
+
+    `given`, its arguments: (M, …) for M tokens; it returns two tuples, what it has per token and
+    the rest. `counted`: (groups, M / groups), or None for all. There is a branch for each share of
+    the tokens, with shapes of its own, of which one runs.
+    """
+    if counted is None:
+        return function(*given)
+    groups, length = counted.shape
+    group = jnp.arange(groups)[:, None]
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    sizes = sorted({-(-length * share // SHARES) for share in range(1, SHARES + 1)})
+
+    def branch(size):
+        chosen = order[:, :size]
+
+        def pick(x):
+            parts = x.reshape(groups, length, *x.shape[1:])[group, chosen]
+            return parts.reshape(groups * size, *x.shape[1:])
+
+        def put(x):
+            whole = jnp.zeros((groups, length, *x.shape[1:]), x.dtype)
+            whole = whole.at[group, chosen].set(x.reshape(groups, size, *x.shape[1:]))
+            return whole.reshape(groups * length, *x.shape[1:])
+
+        def run():
+            per_token, rest = function(*map(pick, given))
+            return jax.tree.map(put, per_token), rest
+
+        return run
+
+    most = counted.sum(axis=1).max()
+    which = jnp.searchsorted(jnp.asarray(sizes), most)
+    return jax.lax.switch(which, [branch(size) for size in sizes])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _losses(block, rows, softcap, flat, table, targets):
-    return _forward(block, rows, softcap, flat, table, targets)[0]
+def _losses(block, rows, softcap, flat, table, targets, counted):
+    return _losses_and_sums(block, rows, softcap, flat, table, targets, counted)[0]
 
 
-def _losses_fwd(block, rows, softcap, flat, table, targets):
+def _losses_and_sums(block, rows, softcap, flat, table, targets, counted):
+    """Losses, log-sum-exps, and the logits where one block holds them and all tokens count."""
+
+    def forward(flat, targets):
+        losses, log_sum, logits = _forward(block, rows, softcap, flat, table, targets)
+        return (losses, log_sum), logits if counted is None else None
+
+    (losses, log_sum), logits = _side_by_side(counted, forward, flat, targets)
+    return losses, log_sum, logits
+
+
+def _losses_fwd(block, rows, softcap, flat, table, targets, counted):
     # With symbolic zeros JAX tells which inputs are differentiated: a frozen table (1.2 GB in the
     # 3B model) then costs neither the products nor the memory of a gradient nobody reads.
-    losses, log_sum, logits = _forward(block, rows, softcap, flat.value, table.value, targets.value)
+    counts = None if counted is None else counted.value
+    given = (flat.value, table.value, targets.value, counts)
+    losses, log_sum, logits = _losses_and_sums(block, rows, softcap, *given)
     # An empty tuple or None: the answer travels as the structure of the residuals.
     wanted = (() if flat.perturbed else None, () if table.perturbed else None)
     # The backward pass follows at once, and would make a single block's logits at the same place.
-    return losses, (flat.value, table.value, targets.value, log_sum, logits, wanted)
+    return losses, (*given, log_sum, logits, wanted)
 
 
 def _losses_bwd(block, rows, softcap, saved, grad):
-    flat, table, targets, log_sum, known, (flat_wanted, table_wanted) = saved
+    flat, table, targets, counted, log_sum, known, wanted = saved
     if isinstance(grad, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     grad = grad.astype(jnp.float32)
+    if counted is not None:
+        grad = jnp.where(counted.reshape(-1), grad, 0.0)
+
+    def backward(flat, targets, log_sum, grad):
+        return _gradients(block, rows, softcap, wanted, known, flat, table, targets, log_sum, grad)
+
+    d_flat, d_table = _side_by_side(counted, backward, flat, targets, log_sum, grad)
+    return d_flat, d_table, None, None
+
+
+def _gradients(block, rows, softcap, wanted, known, flat, table, targets, log_sum, grad):
+    """Of the hidden states and of the table, in their dtypes; None where not wanted."""
+    flat_wanted, table_wanted = wanted
 
     def body(start, first, state):
         d_flat, d_table = state
@@ -206,7 +285,6 @@ def _losses_bwd(block, rows, softcap, saved, grad):
     return (
         None if d_flat is None else d_flat.astype(flat.dtype),
         None if d_table is None else d_table.astype(table.dtype),
-        None,
     )
 
 

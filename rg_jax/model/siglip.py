@@ -16,24 +16,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rg_jax.model import lora
-from rg_jax.model.attention import attend, heads_first
+from rg_jax.model.attention import MIXED, SCORES, attend, heads_first
 from rg_jax.model.config import ModelConfig, VisionConfig
 from rg_jax.model.lora import factors_of
 
 _EPS = 1e-6
 
 
-def remat_block(block: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The layer class with the given recompute policy (see ModelConfig.remat)."""
+def remat_block(block: type[nn.Module], remat: str, unrolled: bool) -> type[nn.Module]:
+    """The layer class with the given recompute policy (see ModelConfig.remat).
+
+    `unrolled`: the layers stand side by side in the program instead of in a loop.
+    """
     if remat == "none":
         return block
+    policies = jax.checkpoint_policies
     policy = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_saveable,
-        "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+        # The scores' product has a gradient of its own, which hides it from the general rule.
+        "dots": policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(SCORES)
+        ),
+        # And what attention mixed: without it, its second product is done again.
+        "dots_no_batch": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
+        ),
     }[remat]
-    # Inside a scan XLA cannot merge the recomputation with the original, so no barrier is needed.
-    return nn.remat(block, prevent_cse=False, policy=policy)
+    # Inside a loop XLA cannot merge the recomputation with the original, so no barrier is needed.
+    return nn.remat(block, prevent_cse=unrolled, policy=policy)
 
 
 class LayerNorm(nn.Module):
@@ -131,7 +141,9 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x):
         layers = nn.scan(
-            remat_block(EncoderBlock, self.config.remat),
+            remat_block(
+                EncoderBlock, self.config.remat, self.config.unroll >= self.config.img.depth
+            ),
             variable_axes={"params": 0, lora.ROOT: 0},
             split_rngs={"params": True},
             length=self.config.img.depth,

@@ -48,11 +48,13 @@ def row_losses(
     batch: Mapping[str, jax.Array],
     block_size: int,
     mask_loss: str = "focal",
+    devices: int = 1,
 ) -> dict[str, jax.Array]:
     """Per row (B,): `text`, the summed cross-entropy of its target tokens, and `tokens`, their
     number; with masks in the batch also the sums `pixels` and `dice` over its `masks` masks.
 
     Position t of the text predicts token t + 1, so the last token is never fed to the model.
+    `devices`: how many share the rows evenly.
     """
     text = batch["text"]
     out = apply(
@@ -71,6 +73,8 @@ def row_losses(
         valid_vocab=model.config.valid_vocab,
         softcap=model.config.llm.final_softcap,
         last_rows=trained_rows(params, model.config),
+        counted=batch["mask_loss"][:, 1:] != 0,
+        groups=devices,
     )
     text_loss, tokens = per_example(losses, batch["mask_loss"][:, 1:])
     rows = {"text": text_loss, "tokens": tokens}
@@ -155,7 +159,7 @@ def make_update(
 
     def loss_sum(trainable, frozen, batch):
         params = unflatten({**trainable, **frozen})
-        rows = row_losses(model, params, batch, block_size, mask_loss.kind)
+        rows = row_losses(model, params, batch, block_size, mask_loss.kind, mesh.size)
         total = (rows["text"] * batch["factor"]).sum()
         aux = _task_sums(rows, batch["task"], tasks)
         if "masks" in rows:
@@ -167,13 +171,12 @@ def make_update(
     grad_fn = jax.value_and_grad(loss_sum, has_aux=True)
 
     def gradients(trainable, frozen, batch):
-        if accumulation == 1:
-            (loss, aux), grads = grad_fn(trainable, frozen, batch)
-            return loss, aux, grads
-
-        # Once per step, not once in every micro-batch: a pass over all master weights is saved
-        # for each, and devices that share them send half as much.
+        # Once per step, not in every pass and every micro-batch: passes over all master weights
+        # are saved, and devices that share them send half as much.
         weights = in_compute_dtype(trainable, model.config)
+        if accumulation == 1:
+            (loss, aux), grads = grad_fn(weights, frozen, batch)
+            return loss, aux, grads
 
         def add(carry, micro):
             (loss, aux), grads = grad_fn(weights, frozen, micro)
@@ -208,7 +211,9 @@ def finished(optimizer: Optimizer, state: TrainState, grads, metrics: Mapping[st
     metrics = {
         **metrics,
         **norms,
-        "param_norm": jnp.sqrt(sum(jnp.vdot(p, p) for p in trainable.values())),
+        # Of the parameters that the step began with: a sum over the new ones, in the pass that
+        # writes them, would keep XLA from writing them over the old.
+        "param_norm": jnp.sqrt(sum(jnp.vdot(p, p) for p in state.trainable.values())),
         "lr": optimizer.learning_rate(state.step),
     }
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
@@ -255,7 +260,9 @@ def make_eval_loss(model: PaliGemma, mesh: Mesh, shardings, *, tasks: int, block
     def eval_loss(params, batch):
         batch = {key: batch[key] for key in BATCH_KEYS}
         return _task_sums(
-            row_losses(model, unflatten(params), batch, block_size), batch["task"], tasks
+            row_losses(model, unflatten(params), batch, block_size, devices=mesh.size),
+            batch["task"],
+            tasks,
         )
 
     return jax.jit(
