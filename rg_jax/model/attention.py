@@ -1,4 +1,4 @@
-"""Grouped attention with an optional soft-cap, over keys that may lie in several places.
+"""Grouped attention with an optional soft-cap.
 
 What the encoder and the decoder share. Heads stand in front of tokens inside, (B, heads, tokens,
 H), so that every product is a plain batch of matrices; the softmax has its own gradient, which
@@ -8,7 +8,6 @@ oftener (on a CPU half of the attention's time).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -40,32 +39,27 @@ def heads_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N T H"]:
 
 def attend(
     q: Float[Array, "B T N H"],
-    sources: Sequence[tuple[Array, Array, AnyArray | None]],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    mask: Bool[AnyArray, "B T S"] | None = None,
     cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """What each query mixes from the values it sees; query head n belongs to key head n // (N / K).
 
-    `q` is already scaled. `sources`: keys and values (B, K, S, H), heads first, and who sees whom
-    (B, T, S) or None for everyone; a source for each place where keys lie, so that a memory is
-    read where it is and only scores are put side by side. Scores and softmax are float32,
-    soft-capped at `cap`. A query that sees nothing gets zeros.
+    `q` is already scaled; keys and values stand heads first; `mask` says who sees whom, None:
+    everyone everyone. Scores and softmax are float32, soft-capped at `cap`. A query that sees
+    nothing gets zeros.
     """
     batch, length, n, h = q.shape
-    kv = sources[0][0].shape[1]
+    kv = keys.shape[1]
     # Queries of one group are rows of one matrix: keys are never repeated.
     rows = heads_first(q).reshape(batch, kv, n // kv * length, h)
-    scores = _join([_scores(rows, keys) for keys, _, _ in sources])
-    scores = checkpoint_name(scores, SCORES).reshape(batch, kv, n // kv, length, -1)
-    masks = [jnp.asarray(mask) for _, _, mask in sources if mask is not None]
-    visible = _join(masks)[:, None, None, :, :] if masks else None
+    scores = checkpoint_name(_scores(rows, keys), SCORES)
+    scores = scores.reshape(batch, kv, n // kv, length, -1)
+    visible = None if mask is None else jnp.asarray(mask)[:, None, None, :, :]
     weights = attention_weights(scores, visible, cap).astype(q.dtype)
     weights = weights.reshape(batch, kv, n // kv * length, -1)
-    mixed, start = None, 0
-    for _, values, _ in sources:
-        share = weights[..., start : start + values.shape[2]]
-        part = jnp.einsum("bkrs,bksh->bkrh", share, values)
-        mixed = part if mixed is None else mixed + part
-        start += values.shape[2]
+    mixed = jnp.einsum("bkrs,bksh->bkrh", weights, values)
     return checkpoint_name(heads_first(mixed.reshape(batch, n, length, h)), MIXED)
 
 
@@ -93,10 +87,6 @@ def _scores_bwd(saved, grad):
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd)
-
-
-def _join(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -43,7 +43,7 @@ class AttentionPool(nn.Module):
         query = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, width))
         q = Projection((self.num_heads, head_dim), name="query")(query)
         k, v = (Projection((self.num_heads, head_dim), name=n)(x) for n in ("key", "value"))
-        mixed = attend(q * head_dim**-0.5, [(heads_first(k), heads_first(v), None)])
+        mixed = attend(q * head_dim**-0.5, heads_first(k), heads_first(v))
         pooled = Projection((width,), num_in=2, name="out")(mixed)
         normed = LayerNorm(name="LayerNorm_0")(pooled)
         return (pooled + MlpBlock(self.mlp_dim, name="MlpBlock_0")(normed))[:, 0]

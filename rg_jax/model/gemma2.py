@@ -7,6 +7,7 @@ Parameter names are those of the original checkpoints; all layers are stacked on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -102,7 +103,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, past, code, mask, past_mask):
+    def __call__(self, x, code, mask, memory=None, slot=None):
         c = self.config
         n, kv, h, d = c.num_heads, c.num_kv_heads, c.head_dim, c.width
         if c.fused_qkv:
@@ -112,14 +113,22 @@ class Attention(nn.Module):
             k, v = Einsum((2, kv, d, h), (2,), (0,), name="kv_einsum")("btd,ckdh->cbtkh", x)
         q = rotate(q, code) * c.query_factor
         k, v = heads_first(rotate(k, code)), heads_first(v)
-        sources = [(k, v, mask)] if past is None else [(*past, past_mask), (k, v, mask)]
-        mixed = attend(q, sources, c.attn_softcap)
+        if memory is not None:
+            at = (0, 0, slot, 0)
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new, at)
+                for old, new in zip(memory, (k, v), strict=True)
+            )
+        mixed = attend(q, k, v, mask, c.attn_softcap)
         out = Einsum((n, h, d), (0, 1), name="attn_vec_einsum")
         return out("btnh,nhd->btd", mixed), (k, v)
 
 
 class FeedForward(nn.Module):
+    """Gated GELU. `joined`: gate and other half are one product, as weights of `unstacked` lie."""
+
     config: DecoderConfig
+    joined: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -139,24 +148,30 @@ class FeedForward(nn.Module):
 
         # As one long matrix: XLA's CPU backend is twice as fast at the gradients of that.
         rows = x.reshape(-1, d)
-        gate, up = (times(rows, gating, gating_change, i) for i in (0, 1))
+        if self.joined:
+            gate, up = jnp.einsum("td,cdm->ctm", rows, gating)
+        else:
+            gate, up = (times(rows, gating, gating_change, i) for i in (0, 1))
         hidden = nn.gelu(gate, approximate=True) * up
         return times(hidden, linear, linear_change).reshape(x.shape)
 
 
 class DecoderBlock(nn.Module):
+    """One layer. With a `memory` of keys and values new ones are written into it, at `slot`."""
+
     config: DecoderConfig
     keep_keys: bool
 
     @nn.compact
-    def __call__(self, x, past, code, mask, past_mask):
+    def __call__(self, x, code, mask, memory=None, slot=None):
         def norm(name):
             return RMSNorm(self.config.norm_eps, name=name)
 
         attention = Attention(self.config, name="attn")
-        mixed, keys = attention(norm("pre_attention_norm")(x), past, code, mask, past_mask)
+        mixed, keys = attention(norm("pre_attention_norm")(x), code, mask, memory, slot)
         x = x + (norm("post_attention_norm")(mixed) if self.config.post_norms else mixed)
-        fed = FeedForward(self.config, name="mlp")(norm("pre_ffw_norm")(x))
+        joined = memory is not None
+        fed = FeedForward(self.config, joined, name="mlp")(norm("pre_ffw_norm")(x))
         x = x + (norm("post_ffw_norm")(fed) if self.config.post_norms else fed)
         return x, keys if self.keep_keys else None
 
@@ -230,32 +245,100 @@ class Gemma2(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T T"],
-        past: Any = None,
-        past_mask: Bool[Array, "B T S"] | None = None,
         keep_keys: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states after the final norm, and with `keep_keys` this call's keys and values.
 
-        `past` = (keys, values), each (L, B, K, S, H), what earlier tokens left behind; `past_mask`
-        says which of them each token sees. The caller writes new keys into its own memory.
-        Raises ValueError for sequences longer than the sliding window of the local layers.
+        These are two arrays (L, B, K, T, H), heads first. Raises ValueError for sequences longer
+        than the sliding window of the local layers.
         """
         llm = self.config.llm
-        total = x.shape[1] + (0 if past is None else past[0].shape[3])
-        if llm.sliding_window is not None and total > llm.sliding_window:
-            raise ValueError(
-                f"A sequence of {total} tokens is longer than the sliding window of "
-                f"{llm.sliding_window} (llm.sliding_window), which is not implemented; shorten "
-                "the text or set llm.sliding_window to None to let every layer see everything."
-            )
+        self._check_length(x.shape[1])
         layers = nn.scan(
             remat_block(DecoderBlock, self.config.remat, self.config.unroll >= llm.depth),
             variable_axes={"params": 0, lora.ROOT: 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=llm.depth,
             unroll=min(self.config.unroll, llm.depth),
         )
         code = rotary_code(positions, llm.head_dim, llm.rope_base)
-        x, keys = layers(llm, keep_keys, name="layers")(x, past, code, mask, past_mask)
+        x, keys = layers(llm, keep_keys, name="layers")(x, code, mask)
         return self.final_norm(x), keys
+
+    def step(
+        self,
+        x: Float[Array, "B 1 D"],
+        positions: Int[Array, "B 1"],
+        visible: Bool[Array, "B 1 S"],
+        memory: tuple[tuple[Array, Array], ...],
+        slot: Int[Array, ""],
+        layers: tuple[Any, ...],
+    ) -> tuple[Float[Array, "B 1 D"], tuple[tuple[Array, Array], ...]]:
+        """One more token per row: its hidden state after the final norm, and the memory with it in.
+
+        `memory`: keys and values (B, K, S, H) of each layer, written to at `slot`; `visible`: the
+        slots that the token sees, its own among them. `layers`: of `unstacked`; no LoRA factors.
+
+        Without a loop over the layers: in one, XLA on a GPU copies each layer's weights and memory
+        out of their stacks, and reading them once is most of what a step does.
+        """
+        llm = self.config.llm
+        self._check_length(visible.shape[-1])
+        code = rotary_code(positions, llm.head_dim, llm.rope_base)
+        block, after = DecoderBlock(llm, True, parent=None), []
+        for params, keys in zip(layers, memory, strict=True):
+            given = {"params": _as_parameters(params, llm)}
+            x, keys = block.apply(given, x, code, visible, keys, slot)
+            after.append(keys)
+        return self.final_norm(x), tuple(after)
+
+    def _check_length(self, total: int) -> None:
+        window = self.config.llm.sliding_window
+        if window is not None and total > window:
+            raise ValueError(
+                f"A sequence of {total} tokens is longer than the sliding window of "
+                f"{window} (llm.sliding_window), which is not implemented; shorten "
+                "the text or set llm.sliding_window to None to let every layer see everything."
+            )
+
+
+def unstacked(params: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A model's parameters → the tree of each layer of its decoder, as `Gemma2.step` takes them.
+
+    Weights of several products of the same input are one matrix (D, all they make): read as it
+    lies. As they are, XLA on a GPU would turn or copy them for every single token.
+    """
+
+    def as_matrix(path, x):
+        if path[-1].key not in _SHAPES and path[-2].key not in _SHAPES:
+            return x
+        return jnp.moveaxis(x, -2, 0).reshape(x.shape[-2], -1)
+
+    stacks = params["llm"]["layers"]
+    depth = jax.tree.leaves(stacks)[0].shape[0]
+    each = (jax.tree.map(lambda x, i=i: x[i], stacks) for i in range(depth))
+    turned = tuple(jax.tree_util.tree_map_with_path(as_matrix, dict(layer)) for layer in each)
+    # Or XLA moves the turning into the loop that reads them.
+    return jax.lax.optimization_barrier(turned)
+
+
+# What a layer's joint weights make, in order; in the parameters D stands before the last of these.
+_SHAPES = {
+    "qkv_einsum": lambda c: (3, c.num_heads, c.head_dim),
+    "q_einsum": lambda c: (c.num_heads, c.head_dim),
+    "kv_einsum": lambda c: (2, c.num_kv_heads, c.head_dim),
+    "gating_einsum": lambda c: (2, c.mlp_dim),
+}
+
+
+def _as_parameters(layer: Mapping[str, Any], config: DecoderConfig) -> Any:
+    """The inverse of what `unstacked` does to a layer."""
+
+    def restore(path, x):
+        for key in (path[-1].key, path[-2].key):
+            if key in _SHAPES:
+                return jnp.moveaxis(x.reshape(len(x), *_SHAPES[key](config)), 0, -2)
+        return x
+
+    return jax.tree_util.tree_map_with_path(restore, dict(layer))

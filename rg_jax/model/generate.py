@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rg_jax.model.gemma2 import unstacked
 from rg_jax.model.mask_decoder import resize_logits
 from rg_jax.model.paligemma import AnyArray, PaliGemma, apply, cast_for_inference
 
@@ -40,6 +41,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     params = cast_for_inference(params, model.config)
+    layers = unstacked(params)
     batch = text.shape[0]
 
     def choose(hidden):
@@ -64,7 +66,7 @@ def generate(
 
     def step(state):
         turn, token, done, tokens, states, cache = state
-        hidden, cache = apply(model, params, token, cache, method="decode_step")
+        hidden, cache = apply(model, params, token, cache, layers, method="decode_step")
         if return_hidden:
             states = states.at[:, turn].set(jnp.where(done[:, None], 0, hidden))
         token = jnp.where(done, pad_id, choose(hidden))

@@ -34,12 +34,12 @@ AnyArray = Array | np.ndarray
 class Cache:
     """What the decoder remembers of the tokens so far, in fixed slots.
 
-    `keys`, `values`: (L, B, K, S, H), heads first. `valid`: (B, S), False for padding and for slots
-    not yet written. `position`: (B,), that of the next token. `slot`: where the next token goes.
+    `memory`: keys and values (B, K, S, H) of each layer, heads first. `valid`: (B, S), False for
+    padding and for slots not yet written. `position`: (B,), that of the next token. `slot`: where
+    the next token goes.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    memory: tuple[tuple[jax.Array, jax.Array], ...]
     valid: jax.Array
     position: jax.Array
     slot: jax.Array
@@ -120,10 +120,11 @@ class PaliGemma(nn.Module):
         hidden, (keys, values) = self.llm(x, positions_of(valid), mask, keep_keys=True)
         length = valid.shape[1]
         last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-        room = ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0))
+        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
         cache = Cache(
-            keys=jnp.pad(keys, room),
-            values=jnp.pad(values, room),
+            memory=tuple(
+                (jnp.pad(k, room), jnp.pad(v, room)) for k, v in zip(keys, values, strict=True)
+            ),
             valid=jnp.pad(valid, ((0, 0), (0, max_new_tokens))),
             position=valid.sum(axis=1, dtype=jnp.int32),
             slot=jnp.asarray(length, jnp.int32),
@@ -131,25 +132,23 @@ class PaliGemma(nn.Module):
         return hidden[jnp.arange(hidden.shape[0]), last], cache, features
 
     def decode_step(
-        self, tokens: Int[Array, " B"], cache: Cache
+        self, tokens: Int[Array, " B"], cache: Cache, layers: tuple[Any, ...]
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Read one more token per row: its hidden state, and the memory with it in."""
-        x = self.llm.embed(tokens[:, None])
-        hidden, (keys, values) = self.llm(
-            x,
+        """Read one more token per row: its hidden state, and the memory with it in.
+
+        `layers`: of `gemma2.unstacked`, for parameters without LoRA factors.
+        """
+        valid = cache.valid.at[:, cache.slot].set(True)
+        hidden, memory = self.llm.step(
+            self.llm.embed(tokens[:, None]),
             cache.position[:, None],
-            jnp.ones((x.shape[0], 1, 1), bool),
-            past=(cache.keys, cache.values),
-            past_mask=cache.valid[:, None, :],
-            keep_keys=True,
+            valid[:, None, :],
+            cache.memory,
+            cache.slot,
+            layers,
         )
-        start = (0, 0, 0, cache.slot, 0)
         return hidden[:, 0], Cache(
-            keys=jax.lax.dynamic_update_slice(cache.keys, keys, start),
-            values=jax.lax.dynamic_update_slice(cache.values, values, start),
-            valid=cache.valid.at[:, cache.slot].set(True),
-            position=cache.position + 1,
-            slot=cache.slot + 1,
+            memory=memory, valid=valid, position=cache.position + 1, slot=cache.slot + 1
         )
 
     def _embed(self, image, text, mask_input):

@@ -117,7 +117,7 @@ class SelfAttention(nn.Module):
         if self.fused:
             mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
         else:
-            mixed = attend(q * head_dim**-0.5, [(heads_first(k), heads_first(v), None)])
+            mixed = attend(q * head_dim**-0.5, heads_first(k), heads_first(v))
         return Projection((x.shape[-1],), num_in=2, name="out")(mixed)
 
 

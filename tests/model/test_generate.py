@@ -99,7 +99,7 @@ def scripted(monkeypatch, script):
             batch = args[0].shape[0]
             return jnp.zeros((batch, 1)), jnp.int32(0), jnp.zeros((batch, 1, 1))
         if method == "decode_step":
-            tokens, at = args
+            tokens, at, _ = args
             jax.debug.callback(lambda at: reads.append(int(at)), at)
             return jnp.full((len(table), 1), at + 1, jnp.float32), at + 1
         at = args[0][:, 0].astype(jnp.int32)
@@ -107,6 +107,7 @@ def scripted(monkeypatch, script):
 
     monkeypatch.setattr(module, "apply", fake)
     monkeypatch.setattr(module, "cast_for_inference", lambda params, config: params)
+    monkeypatch.setattr(module, "unstacked", lambda params: ())
     return reads
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rg_jax.model.config import DecoderConfig, ModelConfig, VisionConfig
+from rg_jax.model.gemma2 import unstacked
 from rg_jax.model.generate import generate
 from rg_jax.model.losses import blockwise_token_losses, per_example
 from rg_jax.model.paligemma import PaliGemma, apply, param_shapes
@@ -181,7 +182,7 @@ def test_paligemma_decoding(folder, quick_jit):
 
     @quick_jit
     def step(params, tokens, cache):
-        hidden, cache = apply(model, params, tokens, cache, method="decode_step")
+        hidden, cache = apply(model, params, tokens, cache, unstacked(params), method="decode_step")
         return apply(model, params, hidden, method="logits"), cache
 
     @quick_jit
