@@ -24,6 +24,8 @@ from rg_jax.model.paligemma import cast_for_inference
 from rg_jax.training.state import unflatten
 from tools import bench_peer
 from tools import bench_setup as setup
+from tools.bench_profile import profile
+from tools.bench_profile import table as profile_table
 
 CACHES = {"default": None, "static": "static"}  # the library's own default grows as it goes
 NO_TOKEN = -1  # no row ends before the last token
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt_len", type=int, default=0, help="text tokens (64; tiny: 32)")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--peer", default="", help=f"the peer's cache: {', '.join(CACHES)}")
+    parser.add_argument("--profile", type=int, default=0, help="show so many costliest kernels")
     parser.add_argument("--same_weights", action="store_true", help="compare the tokens too")
     setup.run_bench(parser, argv, bench, table)
 
@@ -76,6 +79,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
                 row[name] = times | {"tokens_per_s": batch * tokens / times["seconds"]}
                 if name != "ours":
                     row[name]["ratio"] = setup.ratio(spent["ours"], taken)
+            if options.profile:
+                row["profile"] = profile(sides["ours"], times=1) | {"shown": options.profile}
             rows.append(row)
     given = {k: v for k, v in vars(options).items() if v not in ("", 0, False) and k != "json"}
     return {
@@ -153,13 +158,15 @@ def table(figures: dict[str, Any]) -> str:
         f"{'batch':>6}{'tokens':>8}  {'':<10}{'seconds':>10}{'tokens/s':>11}{'ours is':>10}",
     ]
     for row in figures["rows"]:
-        for name in [k for k in row if k not in ("batch", "tokens")]:
+        for name in [k for k in row if k not in ("batch", "tokens", "profile")]:
             found = row[name]
             lines.append(
                 f"{row['batch']:>6}{row['tokens']:>8}  {name:<10}{found['seconds']:>10.4f}"
                 f"{found['tokens_per_s']:>11.0f}"
                 + (f"{found['ratio']['ratio']:>9.2f}x" if "ratio" in found else "")
             )
+        if "profile" in row:
+            lines += profile_table(row["profile"], row["profile"]["shown"])
     return "\n".join([*lines, str(figures["versions"])])
 
 

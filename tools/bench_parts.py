@@ -52,11 +52,17 @@ def micro_batch_parts(case: setup.Case, state: TrainState, batch) -> dict[str, C
     def decoder(mine, rest, x, ar):
         return apply(model, unflatten(rest | mine), x, ar, method=decode)
 
-    def loss(mine, rest, hidden, targets):
+    def loss(mine, rest, hidden, targets, counted):
         table = (rest | mine)["llm/embedder/input_embedding"]
         valid = case.config.valid_vocab
         return blockwise_token_losses(
-            hidden, table, targets, block_size=case.block_size, valid_vocab=valid
+            hidden,
+            table,
+            targets,
+            block_size=case.block_size,
+            valid_vocab=valid,
+            counted=counted,
+            groups=case.mesh.size,
         )
 
     def masks(mine, rest, prompts, features):
@@ -83,7 +89,13 @@ def micro_batch_parts(case: setup.Case, state: TrainState, batch) -> dict[str, C
         "encoder forward": forward(encoder, image),
         "decoder forward": forward(decoder, vectors, ar),
         "decoder and its gradients": backward(decoder, "llm/layers/", vectors, ar),
-        "loss and its gradients": backward(loss, "llm/embedder/", vectors[:, n:], text[:, 1:]),
+        "loss and its gradients": backward(
+            loss,
+            "llm/embedder/",
+            vectors[:, n:],
+            text[:, 1:],
+            batch["mask_loss"][:rows, 1:] != 0,
+        ),
     }
     if not case.freeze_encoder:
         runs["encoder and its gradients"] = backward(encoder, "img/", image)

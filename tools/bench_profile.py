@@ -25,11 +25,12 @@ KINDS = (
 )
 
 
-def profile(run: Callable[[], Any], times: int = 2, top: int = 10) -> dict[str, Any]:
+def profile(run: Callable[[], Any], times: int = 2) -> dict[str, Any]:
     """Traces `times` calls of `run`, which returns when its work is done.
 
-    Returns seconds per call: `busy` (sum over kernels), `kinds`, and `kernels`, the `top` costliest
-    as {"name", "op", "seconds", "calls"}. On a CPU, which has no kernels, XLA's own operations.
+    Returns seconds per call: `busy` (sum over kernels), `kinds`, and `kernels`, the costliest
+    first, as {"name", "op", "seconds", "calls"}. On a CPU, which has no
+    kernels, XLA's own operations.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
@@ -48,7 +49,7 @@ def profile(run: Callable[[], Any], times: int = 2, top: int = 10) -> dict[str, 
     kinds: dict[str, float] = collections.defaultdict(float)
     for (name, operation), (seconds, _) in spent.items():
         kinds[kind_of(name, operation)] += seconds
-    ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:top]
+    ranked = sorted(spent.items(), key=lambda item: -item[1][0])
     return {
         "busy": sum(kinds.values()),
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
@@ -82,16 +83,16 @@ def _events(data):
                     yield event.name, str(stats.get("hlo_op", "")), event.duration_ns
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+def table(found: dict[str, Any], top: int) -> list[str]:
+    """Lines for people, with the `top` costliest kernels."""
     if not found["kernels"]:
-        return ["profile of a step: the tracer saw no kernel of this device"]
-    lines = [f"profile of a step: {found['busy']:.4f} s in kernels"]
+        return ["profile: the tracer saw no kernel of this device"]
+    lines = [f"profile: {found['busy']:.4f} s in kernels"]
     lines += [
         f"  {kind:<26}{seconds:>10.4f}{seconds / found['busy']:>8.1%}"
         for kind, seconds in found["kinds"].items()
     ]
-    for row in found["kernels"]:
+    for row in found["kernels"][:top]:
         name = f"{row['op']} ({row['name']})" if row["op"] not in ("", row["name"]) else row["name"]
         lines.append(f"    {row['seconds']:>9.4f} s {row['calls']:>6.0f} ×  {name[:84]}")
     return lines

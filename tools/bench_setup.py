@@ -65,12 +65,18 @@ class Case:
         """An id that no text of `numpy_batch` holds."""
         return self.config.llm.vocab_size - 1
 
+    @property
+    def targets(self) -> int:
+        """Text tokens of a sample with loss: what follows the prompt."""
+        return self.text_len + 1 - max(int(PREFIX * (self.text_len + 1)), 1)
+
     def facts(self) -> dict[str, Any]:
         """For the JSON: what was run."""
         return {
             "recipe": self.recipe,
             "image_size": self.config.img.image_size,
             "text_tokens": self.text_len,
+            "targets": self.targets,
             "batch": self.batch,
             "accumulation": self.accumulation,
             "encoder": "frozen" if self.freeze_encoder else "trained",
@@ -200,7 +206,7 @@ def numpy_batch(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     """Random pixels and texts of full length, `PREFIX` of it prompt; with masks random squares."""
     rng = np.random.default_rng(seed)
     rows, length, side = case.batch, case.text_len + 1, case.config.img.image_size
-    target = np.arange(length) >= int(PREFIX * length)
+    target = np.arange(length) >= length - case.targets
     mask_ar = np.broadcast_to(target, (rows, length)).astype(np.int32)
     high = min(case.config.llm.vocab_size - 1, 250_000)
     batch = {

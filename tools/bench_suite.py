@@ -20,17 +20,19 @@ from rg_jax.errors import UserError
 from tools import bench_setup as setup
 
 # Name → module and flags, the most telling first: time may run out.
+FAST = "--remat=dots_no_batch --unroll=64"
 SUITE = {
-    "train": "bench_train --remat=dots_no_batch --profile=25 --no_parts"
-    " --peer=published,tuned --apart",
-    "generate": "bench_generate --batches=64 --rounds=3 --peer=default",
+    "train": f"bench_train {FAST} --profile=25 --no_parts --peer=published,tuned --apart",
+    "generate": "bench_generate --batches=64 --rounds=3 --profile=12 --peer=default",
+    "train_whole": f"bench_train {FAST} --batch=288 --accumulation=12 --steps=3 --no_parts"
+    " --peer=published --apart",
+    "train_loop": "bench_train --remat=dots_no_batch --no_parts",
     "train_full": "bench_train --remat=full --no_parts",
-    "train_whole": "bench_train --batch=288 --accumulation=12 --steps=3 --no_parts",
+    "train_seg": f"bench_train {FAST} --recipe=seg --no_parts",
     "train_parts": "bench_train --remat=dots_no_batch",
-    "train_seg": "bench_train --recipe=seg --no_parts",
-    "train_cudnn": "bench_train --vision_attention=cudnn --no_parts",
-    "train_encoder": "bench_train --train_encoder --no_parts",
-    "train_none": "bench_train --remat=none --no_parts",
+    "train_cudnn": f"bench_train {FAST} --vision_attention=cudnn --no_parts",
+    "train_block": f"bench_train {FAST} --block_size=262144 --no_parts",
+    "train_encoder": f"bench_train {FAST} --train_encoder --no_parts",
     "compiled": "bench_peer --kind=compiled",
     "generate_all": "bench_generate --rounds=3 --peer=default",
     "generate_seg": "bench_generate --recipe=seg --batches=64 --rounds=3",

@@ -98,7 +98,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": setup.peak_memory(),
     }
     if options.profile:
-        figures["profile"] = profile(ours, top=options.profile)
+        figures["profile"] = profile(ours) | {"shown": options.profile}
     if not options.no_parts:
         figures["parts"] = parts(case, state, arrays, options.steps)
     figures["peers"] = {}
@@ -125,7 +125,7 @@ def rates(case: setup.Case, times: dict[str, Any]) -> dict[str, Any]:
     seconds = times["seconds"]
     fed = case.text_len
     flops = train_step_flops(
-        case.config, fed, fed, parts_of(case.shapes.trainable), masks=case.slots
+        case.config, fed, case.targets, parts_of(case.shapes.trainable), masks=case.slots
     )
     peak = peak_flops(jax.devices()[0])
     found = {
@@ -186,7 +186,8 @@ def table(figures: dict[str, Any]) -> str:
     case = figures["case"]
     lines = [
         f"{case['recipe']}, {case['parameters'] / 1e6:,.1f} M parameters, {case['image_size']} px,"
-        f" {case['text_tokens']} text tokens, batch {case['batch']} in {case['accumulation']},"
+        f" {case['text_tokens']} text tokens ({case['targets']} with loss),"
+        f" batch {case['batch']} in {case['accumulation']},"
         f" encoder {case['encoder']}, remat {case['remat']}, {case['compute_dtype']}",
         f"{'':<28}{'s/step':>10}{'samples/s':>11}{'tokens/s':>11}{'MFU':>8}{'peak GiB':>10}"
         f"{'ours is':>10}",
@@ -203,7 +204,7 @@ def table(figures: dict[str, Any]) -> str:
     for name, row in figures.get("parts", {}).items():
         lines.append(f"  {name:<26}{row['seconds']:>10.4f}")
     if "profile" in figures:
-        lines += profile_table(figures["profile"])
+        lines += profile_table(figures["profile"], figures["profile"]["shown"])
     lines.append(f"compiled in {figures['compile_seconds']:.1f} s; {figures['versions']}")
     return "\n".join(lines)
 

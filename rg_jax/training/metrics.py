@@ -103,10 +103,16 @@ class Totals:
         parts = parts_of(shapes.trainable)
         slots = config.masks.slots if model.masks is not None else 0
         if config.objective == "contrastive":
-            per_sample = pair_step_flops(model, self.text_len, trained=parts)
+            per_sample = pair_step_flops(model, self.text_len, trained=parts).model
+            self.flops_per_target = 0
         else:
-            per_sample = train_step_flops(model, length, length, trained=parts, masks=slots)
-        self.flops = config.batch_size * per_sample.model
+            # Logits are made only where there is loss, and how many those are each step tells.
+            per_sample, one_more = (
+                train_step_flops(model, length, targets, trained=parts, masks=slots).model
+                for targets in (0, 1)
+            )
+            self.flops_per_target = one_more - per_sample
+        self.flops = config.batch_size * per_sample
         self.peak = peak_flops(mesh.devices.flat[0])
         self.counts = np.zeros(len(COUNTER_NAMES), np.int64)
 
@@ -135,9 +141,10 @@ class Totals:
         samples = steps_per_second * self.batch_size
         values["train/samples_per_s"] = samples
         values["train/tokens_per_s"] = samples * self.text_len
-        values["train/tflops_per_s"] = steps_per_second * self.flops / 1e12
+        flops = self.flops + self.flops_per_target * float(np.sum(metrics.get("task_tokens", 0)))
+        values["train/tflops_per_s"] = steps_per_second * flops / 1e12
         if self.peak:
-            values["train/mfu"] = steps_per_second * self.flops / (self.peak * self.devices)
+            values["train/mfu"] = steps_per_second * flops / (self.peak * self.devices)
         for name, count in zip(COUNTER_NAMES, self.counts, strict=True):
             if count:
                 values[f"data/{name}"] = count

@@ -211,9 +211,7 @@ def finished(optimizer: Optimizer, state: TrainState, grads, metrics: Mapping[st
     metrics = {
         **metrics,
         **norms,
-        # Of the parameters that the step began with: a sum over the new ones, in the pass that
-        # writes them, would keep XLA from writing them over the old.
-        "param_norm": jnp.sqrt(sum(jnp.vdot(p, p) for p in state.trainable.values())),
+        "param_norm": jnp.sqrt(sum(jnp.vdot(p, p) for p in trainable.values())),
         "lr": optimizer.learning_rate(state.step),
     }
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
