@@ -155,7 +155,7 @@ class Optimizer:
         return self.transform.init(dict(params))
 
     def update(self, grads, state, params, step):
-        """One step. Returns (new params, new state, {"grad_norm", "update_norm"}).
+        """One step. Returns (new params, new state, norms of gradient, update and new params).
 
         `step` counts from 0; the learning rate is read at this step.
         """
@@ -164,13 +164,30 @@ class Optimizer:
             factor = jnp.minimum(1.0, self.clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * factor, grads)
         directions, state = self.transform.update(grads, state, params)
-        updates = {}
-        for name, direction in directions.items():
-            rate = self.lr * self.schedules[name](step)
-            decay = self.weight_decay if params[name].ndim - stacked(name) >= 2 else 0.0
-            updates[name] = -rate * (direction + decay * params[name])
-        params = {n: params[n] + u.astype(params[n].dtype) for n, u in updates.items()}
-        return params, state, {"grad_norm": norm, "update_norm": optax.tree.norm(updates)}
+
+        def updates_of(params):
+            return {
+                name: self._update(name, d, params[name], step) for name, d in directions.items()
+            }
+
+        def add(params, updates):
+            return {n: params[n] + u.astype(params[n].dtype) for n, u in updates.items()}
+
+        updates = updates_of(params)
+        norms = {
+            "grad_norm": norm,
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(add(params, updates)),
+        }
+        # The sums first, then the parameters: in one pass for both XLA does not write the new ones
+        # over the old, and copies them afterwards.
+        params, norms = jax.lax.optimization_barrier((params, norms))
+        return add(params, updates_of(params)), state, norms
+
+    def _update(self, name, direction, param, step):
+        rate = self.lr * self.schedules[name](step)
+        decay = self.weight_decay if param.ndim - stacked(name) >= 2 else 0.0
+        return -rate * (direction + decay * param)
 
     def learning_rate(self, step) -> jax.Array:
         """The largest learning rate in use at `step`, for the log."""

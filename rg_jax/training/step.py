@@ -176,7 +176,9 @@ def make_update(
         weights = in_compute_dtype(trainable, model.config)
         if accumulation == 1:
             (loss, aux), grads = grad_fn(weights, frozen, batch)
-            return loss, aux, grads
+            # Where there is no loop over the layers, the optimizer would read each stack of
+            # gradients as an array per layer, in every one of its passes.
+            return loss, aux, jax.lax.optimization_barrier(grads)
 
         def add(carry, micro):
             (loss, aux), grads = grad_fn(weights, frozen, micro)
@@ -208,12 +210,7 @@ def finished(optimizer: Optimizer, state: TrainState, grads, metrics: Mapping[st
     trainable, opt_state, norms = optimizer.update(
         grads, state.opt_state, state.trainable, state.step
     )
-    metrics = {
-        **metrics,
-        **norms,
-        "param_norm": jnp.sqrt(sum(jnp.vdot(p, p) for p in trainable.values())),
-        "lr": optimizer.learning_rate(state.step),
-    }
+    metrics = {**metrics, **norms, "lr": optimizer.learning_rate(state.step)}
     return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 
 

@@ -133,3 +133,42 @@ def test_refuses_nonsense():
         blockwise_token_losses(hidden, table, targets, block_size=0)
     with pytest.raises(ValueError, match="valid_vocab 54"):
         blockwise_token_losses(hidden, table, targets, valid_vocab=54)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_only_counted_tokens_are_computed(block, share, groups):
+    """Values and gradients as if all were; the others cost nothing and get no gradient."""
+    hidden, table, targets, _ = problem(shape=(3, 8))
+    random = np.random.default_rng(1)
+    counted = jnp.asarray(random.random((3, 8)) < share)
+    factor = jnp.asarray(random.standard_normal((3, 8)), jnp.float32)
+
+    def total(h, t, counted, groups):
+        losses = blockwise_token_losses(
+            h, t, targets, block_size=block, counted=counted, groups=groups
+        )
+        return (jnp.where(mask, losses, 0.0) * factor).sum()
+
+    mask = counted
+    value, grads = jax.value_and_grad(total, (0, 1))(hidden, table, counted, groups)
+    expected, wanted = jax.value_and_grad(total, (0, 1))(hidden, table, None, 1)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert (np.asarray(grads[0])[~np.asarray(counted)] == 0).all()
+
+
+def test_logits_are_made_for_the_share_that_counts():
+    """Of eight shares of the tokens the smallest that holds the counted ones is computed."""
+    hidden, table, targets, _ = problem(shape=(4, 8))
+    counted = jnp.arange(32).reshape(4, 8) % 8 < 3  # 12 of 32
+    program = jax.jit(
+        lambda c: blockwise_token_losses(hidden, table, targets, block_size=1000, counted=c)
+    )
+    made = [f"tensor<{rows}x{VOCAB}xf32>" for rows in (4, 8, 12, 16, 20, 24, 28, 32)]
+    text = program.lower(counted).as_text()
+    assert all(shape in text for shape in made)
+    with pytest.raises(ValueError, match="32 tokens are not 5 equal groups"):
+        blockwise_token_losses(hidden, table, targets, counted=counted, groups=5)

@@ -86,7 +86,7 @@ def test_every_number_of_key_heads_equals_plain_attention(
     code = rotary_code(positions, 8, 10_000.0)
     mask = np.tril(np.ones((1, 5, 5), bool))
     block = DecoderBlock(config.llm, False)
-    ours, _ = jax.jit(lambda x: block.apply({"params": layer}, x, None, code, mask, None))(x)
+    ours, _ = jax.jit(lambda x: block.apply({"params": layer}, x, code, mask))(x)
 
     attn = layer["attn"]
     if kv_heads == 4:
