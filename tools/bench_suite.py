@@ -21,18 +21,20 @@ from tools import bench_setup as setup
 
 # Name → module and flags, the most telling first: time may run out.
 FAST = "--remat=dots_no_batch --unroll=64"
+LOOP = "--remat=dots_no_batch"
 SUITE = {
     "train": f"bench_train {FAST} --profile=25 --no_parts --peer=published,tuned --apart",
     "generate": "bench_generate --batches=64 --rounds=3 --profile=12 --peer=default",
-    "train_whole": f"bench_train {FAST} --batch=288 --accumulation=12 --steps=3 --no_parts"
+    "train_loop": f"bench_train {LOOP} --no_parts",
+    "train_alone": f"bench_train {FAST} --profile=25 --no_parts",
+    "train_whole": f"bench_train {LOOP} --batch=288 --accumulation=12 --steps=2 --no_parts"
     " --peer=published --apart",
-    "train_loop": "bench_train --remat=dots_no_batch --no_parts",
+    "train_seg": f"bench_train {LOOP} --recipe=seg --no_parts",
     "train_full": "bench_train --remat=full --no_parts",
-    "train_seg": f"bench_train {FAST} --recipe=seg --no_parts",
-    "train_parts": "bench_train --remat=dots_no_batch",
-    "train_cudnn": f"bench_train {FAST} --vision_attention=cudnn --no_parts",
-    "train_block": f"bench_train {FAST} --block_size=262144 --no_parts",
-    "train_encoder": f"bench_train {FAST} --train_encoder --no_parts",
+    "train_parts": f"bench_train {LOOP}",
+    "train_cudnn": f"bench_train {LOOP} --vision_attention=cudnn --no_parts",
+    "train_block": f"bench_train {LOOP} --block_size=262144 --no_parts",
+    "train_encoder": f"bench_train {LOOP} --train_encoder --no_parts",
     "compiled": "bench_peer --kind=compiled",
     "generate_all": "bench_generate --rounds=3 --peer=default",
     "generate_seg": "bench_generate --recipe=seg --batches=64 --rounds=3",
