@@ -24,7 +24,7 @@ def base() -> ConfigDict:
     # `llm`.
     c.model = ConfigDict({"variant": "3b", "image_size": 224, "img": {}, "llm": {}})
     c.model.compute_dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat, c.model.unroll = "full", 1
     c.model.vision_attention = "xla"
     # What it starts from (any form that `rg_jax.weights.formats` knows); "": random numbers.
     # `encoder_weights`: an encoder that goes over that of `weights`. `weights_format`: where
@@ -212,6 +212,9 @@ def paper(c: ConfigDict, variant: str = "3b", image_size: int = 224) -> ConfigDi
     c.tokenizer.path, c.tokenizer.sha256 = f"weights/{TOKENIZER_FILE}", TOKENIZER_SHA256
     c.runs_without = "configs/det.py:demo"
     c.batch_size, c.accumulation = 288, 12
+    # On an H200 a quarter faster than "full", which needs 14 GiB less. Without a loop over the
+    # layers (any number from theirs on) compiling takes a minute more, a step 3 % and 4 GiB less.
+    c.model.remat, c.model.unroll = "dots_no_batch", 64
     c.total_epochs = 6
     c.optimizer = {"name": "adafactor", "lr": 5e-5, "weight_decay": 0.01, "clip_norm": 1.0}
     warm_cosine = {"decay": "cosine", "warmup_percent": 10}

@@ -111,6 +111,7 @@ def model_config(config, vocab_size: int) -> ModelConfig:
             compute_dtype=spec["compute_dtype"],
             remat=spec["remat"],
             vision_attention=spec["vision_attention"],
+            unroll=spec.get("unroll", 1),  # runs of before have none
             masks=mask_config(config),
             lora=lora_config(config),
         )

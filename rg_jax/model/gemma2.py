@@ -254,13 +254,15 @@ class Gemma2(nn.Module):
         """
         llm = self.config.llm
         self._check_length(x.shape[1])
+        # Reading a prompt keeps nothing for a backward pass: there a loop costs nothing.
+        unroll = 1 if keep_keys else min(self.config.unroll, llm.depth)
         layers = nn.scan(
-            remat_block(DecoderBlock, self.config.remat, self.config.unroll >= llm.depth),
+            remat_block(DecoderBlock, self.config.remat, unroll == llm.depth),
             variable_axes={"params": 0, lora.ROOT: 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=llm.depth,
-            unroll=min(self.config.unroll, llm.depth),
+            unroll=unroll,
         )
         code = rotary_code(positions, llm.head_dim, llm.rope_base)
         x, keys = layers(llm, keep_keys, name="layers")(x, code, mask)

@@ -33,11 +33,12 @@ def activation_bytes(
 ) -> dict[str, int]:
     """Estimate of what a forward and backward pass keeps for `rows` examples on one device.
 
-    Under full rematerialisation only the input of every layer is kept, plus the largest layer's
-    own intermediates while it is differentiated. Without it, every layer's intermediates are
-    kept. What gets no gradient keeps nothing: of it the largest layer counts. The loss keeps one
-    vocabulary block of logits in float32, and its gradient; with `pairs` (a contrastive run, whose
-    decoder sees texts alone) this device's images against as many texts.
+    With remat "full" only the input of every layer is kept, plus the largest layer's own
+    intermediates while it is differentiated; with "dots…" also the results of its matrix products;
+    with "none" every layer's intermediates. What gets no gradient keeps nothing: of it the largest
+    layer counts. The loss keeps one vocabulary block of logits in float32, and its gradient; with
+    `pairs` (a contrastive run, whose decoder sees texts alone) this device's images against as many
+    texts.
     """
     half = 2 if model.compute_dtype == "bfloat16" else 4
     img, llm = model.img, model.llm
@@ -45,21 +46,31 @@ def activation_bytes(
     tokens = text_len if pairs else image_tokens + text_len
 
     def layer(length, width, mlp, heads, gates):
-        scores = 2 * heads * length * length * 4  # float32 logits and probabilities
-        return rows * (length * (8 * width + (gates + 1) * mlp) * half + scores)
+        """What one layer makes: (everything, results of products with weights, of all products)."""
+        scores = heads * length * length * 4  # float32
+        everything = length * (8 * width + (gates + 1) * mlp) * half + 2 * scores
+        # Queries, keys and values, what attention mixed, its output, gate and up, down.
+        made = 2 * width + gates * mlp + 2 * heads * head_dim + 2 * kv_heads * head_dim
+        return everything, length * made * half, length * made * half + scores
 
+    def kept_of(depth, inputs, layer):
+        everything, with_weights, products = layer
+        if model.remat == "none":
+            return rows * depth * everything
+        saved = {"full": 0, "dots": products, "dots_no_batch": with_weights}[model.remat]
+        return rows * (depth * (inputs + saved) + everything)
+
+    head_dim, kv_heads = llm.head_dim, llm.num_kv_heads
     decoder = layer(tokens, llm.width, llm.mlp_dim, llm.num_heads, 2)
+    kept = kept_of(llm.depth, tokens * llm.width * half, decoder)
+    head_dim, kv_heads = img.width // img.num_heads, img.num_heads
     encoder = layer(image_tokens, img.width, img.mlp_dim, img.num_heads, 1)
-    inputs = rows * tokens * llm.width * half * llm.depth
-    encoder_inputs = rows * image_tokens * img.width * half * img.depth
-    full = model.remat != "none"
-    kept = inputs + decoder if full else decoder * llm.depth
     if not decoder_trained:
-        kept = decoder
+        kept = rows * decoder[0]
     if encoder_trained:
-        kept += encoder_inputs + encoder if full else encoder * img.depth
+        kept += kept_of(img.depth, image_tokens * img.width * half, encoder)
     else:
-        kept += encoder
+        kept += rows * encoder[0]
     rows_in_block = min(block_size, model.llm.vocab_size)
     loss = 2 * rows * text_len * rows_in_block * 4
     if pairs:
@@ -100,13 +111,14 @@ def estimate(
         "trainable parameters (float32)": tree_bytes(shapes.trainable) // devices,
         "frozen parameters": tree_bytes(shapes.frozen) // devices,
         "optimizer state": tree_bytes(shapes.opt_state) // devices,
-        "gradients (float32)": tree_bytes(shapes.trainable) // devices,
     }
-    if accumulation > 1:
-        cast = jax.eval_shape(lambda x: in_compute_dtype(x, model), shapes.trainable)
-        parts["gradients of one micro-batch"] = tree_bytes(cast) // devices
-        changed = {n: s for n, s in cast.items() if s.dtype != shapes.trainable[n].dtype}
+    cast = jax.eval_shape(lambda x: in_compute_dtype(x, model), shapes.trainable)
+    changed = {n: s for n, s in cast.items() if s.dtype != shapes.trainable[n].dtype}
+    if changed:
         parts["weights in the compute dtype"] = tree_bytes(changed) // devices
+    parts["gradients"] = tree_bytes(cast) // devices
+    if accumulation > 1:
+        parts["sums of gradients (float32)"] = tree_bytes(shapes.trainable) // devices
     # Gradients reach the decoder wherever anything before or in it is trained.
     decoder_trained = any(not n.startswith("masks/") for n in shapes.trainable)
     parts |= activation_bytes(
