@@ -23,7 +23,14 @@ from rg_jax import recipes
 from rg_jax.cli import stop
 from rg_jax.config import write_aside
 from rg_jax.errors import UserError
-from rg_jax.model.config import REMAT, VARIANTS, MaskDecoderConfig, ModelConfig, from_variant
+from rg_jax.model.config import (
+    REMAT,
+    VARIANTS,
+    LoraConfig,
+    MaskDecoderConfig,
+    ModelConfig,
+    from_variant,
+)
 from rg_jax.model.paligemma import PaliGemma, param_shapes
 from rg_jax.training import mesh as mesh_lib
 from rg_jax.training.optimizer import Optimizer
@@ -80,6 +87,7 @@ class Case:
             "batch": self.batch,
             "accumulation": self.accumulation,
             "encoder": "frozen" if self.freeze_encoder else "trained",
+            "lora": self.config.lora.rank if self.config.lora else 0,
             "remat": self.config.remat,
             "compute_dtype": self.config.compute_dtype,
             "parameters": sum(int(np.prod(s.shape)) for s in self.params_shapes().values()),
@@ -98,6 +106,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_len", type=int, default=0, help="text tokens (200; tiny: 96)")
     parser.add_argument("--image_size", type=int, default=0, help="pixels (224; tiny: 112)")
     parser.add_argument("--train_encoder", action="store_true", help="default: frozen")
+    parser.add_argument("--lora", type=int, default=0, help="rank: only low-rank factors learn")
     parser.add_argument("--remat", choices=REMAT, default="", help="default: full; tiny: none")
     parser.add_argument("--compute_dtype", default="", help="bfloat16; tiny: float32")
     parser.add_argument("--vision_attention", choices=("xla", "cudnn"), default="xla")
@@ -106,8 +115,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, default=0, help="masks per sample (8; tiny: 4)")
 
 
-def make_case(options: argparse.Namespace) -> Case:
-    """Shapes and places of everything; nothing is allocated. UserError for what cannot be."""
+def make_case(options: argparse.Namespace, mesh: Mesh | None = None) -> Case:
+    """Shapes and places of everything; nothing is allocated. UserError for what cannot be.
+
+    `mesh`: where it would be; None: all devices of this machine.
+    """
     tiny = options.model == "tiny"
     spec = recipes.base()
     recipes.paper(spec, options.model, options.image_size or (112 if tiny else 224))
@@ -127,6 +139,12 @@ def make_case(options: argparse.Namespace) -> Case:
         rules = [(".*", {"decay": "cosine", "warmup_percent": 10})]
     elif masks:
         rules.append(("masks/.*", rules[0][1]))
+    lora = None
+    if options.lora:
+        recipes.adapted(spec, argparse.Namespace(start="", lora=True))
+        rules = list(spec.schedule)
+        given = {"include": tuple(spec.lora.include), "alpha": spec.lora.alpha}
+        lora = LoraConfig(rank=options.lora, new_rows=len(spec.grounding.extra_tokens), **given)
     try:
         config = from_variant(
             options.model,
@@ -136,10 +154,11 @@ def make_case(options: argparse.Namespace) -> Case:
             vision_attention=options.vision_attention,
             unroll=options.unroll,
             masks=masks,
+            lora=lora,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    mesh = mesh_lib.make_mesh()
+    mesh = mesh or mesh_lib.make_mesh()
     mesh_lib.check_batch(spec.batch_size, spec.accumulation, mesh, "batch (--batch)")
     shapes = flatten(param_shapes(config))
     schedules, _ = split_names(list(shapes), rules)
@@ -154,7 +173,7 @@ def make_case(options: argparse.Namespace) -> Case:
         text_len=spec.data.text_len - 1,
         block_size=spec.loss.block_size,
         slots=spec.masks.slots if masks else 0,
-        freeze_encoder=not options.train_encoder,
+        freeze_encoder=bool(options.lora) or not options.train_encoder,
         spec=spec,
         optimizer=optimizer,
         mesh=mesh,

@@ -145,12 +145,7 @@ def _hits(targets, start, block):
 
 
 def _forward(block, rows, softcap, flat, table, targets):
-    """Losses, log-sum-exps, and the logits where one block holds them all (else None)."""
-    if block >= rows:
-        _, logits, _ = _block_logits(flat, table, 0, 0, block, softcap)
-        log_sum = jax.nn.logsumexp(logits, axis=1)
-        here = jnp.where(_hits(targets, 0, block), logits, -jnp.inf).max(axis=1)
-        return log_sum - here, log_sum, logits
+    """Losses and log-sum-exps."""
 
     def body(start, first, state):
         peak, total, chosen = state
@@ -165,7 +160,7 @@ def _forward(block, rows, softcap, flat, table, targets):
     state = (lowest, jnp.zeros_like(lowest), lowest)
     peak, total, chosen = _for_blocks(block, rows, body, state)
     log_sum = peak + jnp.log(total)
-    return log_sum - chosen, log_sum, None
+    return log_sum - chosen, log_sum
 
 
 def _side_by_side(counted, function, *given):
@@ -211,14 +206,10 @@ def _losses(block, rows, softcap, flat, table, targets, counted):
 
 
 def _losses_and_sums(block, rows, softcap, flat, table, targets, counted):
-    """Losses, log-sum-exps, and the logits where one block holds them and all tokens count."""
-
     def forward(flat, targets):
-        losses, log_sum, logits = _forward(block, rows, softcap, flat, table, targets)
-        return (losses, log_sum), logits if counted is None else None
+        return _forward(block, rows, softcap, flat, table, targets), ()
 
-    (losses, log_sum), logits = _side_by_side(counted, forward, flat, targets)
-    return losses, log_sum, logits
+    return _side_by_side(counted, forward, flat, targets)[0]
 
 
 def _losses_fwd(block, rows, softcap, flat, table, targets, counted):
@@ -226,15 +217,14 @@ def _losses_fwd(block, rows, softcap, flat, table, targets, counted):
     # 3B model) then costs neither the products nor the memory of a gradient nobody reads.
     counts = None if counted is None else counted.value
     given = (flat.value, table.value, targets.value, counts)
-    losses, log_sum, logits = _losses_and_sums(block, rows, softcap, *given)
+    losses, log_sum = _losses_and_sums(block, rows, softcap, *given)
     # An empty tuple or None: the answer travels as the structure of the residuals.
     wanted = (() if flat.perturbed else None, () if table.perturbed else None)
-    # The backward pass follows at once, and would make a single block's logits at the same place.
-    return losses, (*given, log_sum, logits, wanted)
+    return losses, (*given, log_sum, wanted)
 
 
 def _losses_bwd(block, rows, softcap, saved, grad):
-    flat, table, targets, counted, log_sum, known, wanted = saved
+    flat, table, targets, counted, log_sum, wanted = saved
     if isinstance(grad, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
     grad = grad.astype(jnp.float32)
@@ -242,26 +232,19 @@ def _losses_bwd(block, rows, softcap, saved, grad):
         grad = jnp.where(counted.reshape(-1), grad, 0.0)
 
     def backward(flat, targets, log_sum, grad):
-        return _gradients(block, rows, softcap, wanted, known, flat, table, targets, log_sum, grad)
+        return _gradients(block, rows, softcap, wanted, flat, table, targets, log_sum, grad)
 
     d_flat, d_table = _side_by_side(counted, backward, flat, targets, log_sum, grad)
     return d_flat, d_table, None, None
 
 
-def _gradients(block, rows, softcap, wanted, known, flat, table, targets, log_sum, grad):
+def _gradients(block, rows, softcap, wanted, flat, table, targets, log_sum, grad):
     """Of the hidden states and of the table, in their dtypes; None where not wanted."""
     flat_wanted, table_wanted = wanted
 
     def body(start, first, state):
         d_flat, d_table = state
-        if known is None:
-            part, logits, fresh = _block_logits(flat, table, start, first, block, softcap)
-        else:
-            part, logits, fresh = (
-                table[:block].astype(flat.dtype),
-                known,
-                jnp.ones((1, block), bool),
-            )
+        part, logits, fresh = _block_logits(flat, table, start, first, block, softcap)
         hits = _hits(targets, start, block).astype(jnp.float32)
         d_logits = jnp.exp(logits - log_sum[:, None]) - hits
         d_logits = jnp.where(fresh, d_logits * grad[:, None], 0.0)
