@@ -8,6 +8,7 @@ written beside its place and renamed when whole: an interrupted build leaves no 
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import io
 import os
@@ -22,7 +23,10 @@ from absl import logging
 
 import tfds_builders
 from rg_jax.cli import stop
+from rg_jax.config import write_aside
 from rg_jax.errors import UserError
+
+BUILT_FROM = "built_from.txt"  # in the folder of a data set: tells its source from others
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +125,11 @@ def build(cls, config, data_dir: str, source: str | None = None, overwrite: bool
                 f"{place} was built with other parameters ({built_with});"
                 " give this one a --config_name, or rebuild with --overwrite"
             )
+        if _built_from(place) not in (None, _mark_of(source)):
+            raise UserError(
+                f"{place} was built from another --source than {source} (or it has moved since);"
+                " give this one a --config_name, or rebuild with --overwrite"
+            )
         print(f"already built: {place} (--overwrite rebuilds it)")
         return place
     started = time.perf_counter()
@@ -152,8 +161,23 @@ def build(cls, config, data_dir: str, source: str | None = None, overwrite: bool
             os.replace(place, old)
             os.replace(target.data_dir, place)
             shutil.rmtree(old)
+    if source:
+        write_aside(place / BUILT_FROM, _mark_of(source) + "\n")
     _summary(target, place, time.perf_counter() - started)
     return place
+
+
+def _mark_of(source: str | None) -> str:
+    """Tells one source folder from another, without its name."""
+    return hashlib.sha256(os.path.realpath(source or "").encode()).hexdigest()
+
+
+def _built_from(place: Path) -> str | None:
+    """The mark of the source of what is built there; None where nothing says so."""
+    try:
+        return (place / BUILT_FROM).read_text().strip()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager

@@ -227,6 +227,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits = self.splits(source)
         if not splits:
             raise UserError(f"{self.name}: no split has any records")
+        if "train" not in splits and splits.keys() & {"val", "validation", "test"}:
+            self.notes.append("there is no train split: nothing can be trained on this")
         if getattr(self.builder_config, "beam", False):
             skip_bad = getattr(self.builder_config, "skip_bad", False)
             return {

@@ -318,7 +318,7 @@ def repeat_layout(source: Path, layout: Path, slices: int) -> int:
     for kind in ("ct", "mr"):
         for split in files.SPLITS:
             if here.split(split, kind).is_file():
-                listed[split, kind] = files.read_split(here.split(split, kind))
+                listed[split, kind], _ = files.read_split(here.split(split, kind))
     once = sum(len(ids) for captions in listed.values() for ids in captions.values())
     if not once:
         raise UserError(f"{here.splits}: the split files list no slice")

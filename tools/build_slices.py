@@ -79,6 +79,7 @@ def parser() -> Parser:
     add("--splits", default="", help="split JSONs (default: ROOT/split_v18/generated if there)")
     add("--dicom_dir", default="", help="take slices from here, {id[:2]}/{id}.dcm.zst")
     add("--patients", default="", help="JSON {scan: patient key}; keys must be pseudonyms")
+    add("--languages", default="en,de", help="of the reports: en, de or both (default: en,de)")
     add("--modalities", default="ct,mr", help="ct, mr or both (default: ct,mr)")
     add("--seed", type=int, default=0, help="for splits that are made here (default: 0)")
     add("--shares", default="0.8,0.1,0.1", help="train,val,test by patients (same default)")
@@ -121,7 +122,10 @@ class Build:
         self.mentions = Mentions(Path(options.keywords or self.root))
         self.scans = self._read_scans()
         self.patients = scans_.name_patients(self.scans, options.patients)
-        self.reports = Reports(self.parquet, tuple(STRUCTS))
+        languages = tuple(code for code in options.languages.split(",") if code)
+        if not languages or set(languages) - set(STRUCTS):
+            raise UserError(f"--languages={options.languages}: en, de or en,de")
+        self.reports = Reports(self.parquet, languages)
         self.summaries = [Summary(f"{KINDS[kind]} slices") for kind in self.kinds]
         listed = Counter(id_ for kind in self.kinds for s in self.scans[kind] for id_ in s.slices)
         self.repeated = {id_ for id_, count in listed.items() if count > 1}
@@ -141,6 +145,11 @@ class Build:
         scans = Path(self.options.scans or self.root / "scans")
         masks = Path(self.options.segmentations or self.root / "segmentations")
         folder = Path(self.options.index_dir or self.root)
+        there = [kind for kind in self.kinds if (folder / f"scans_index_{kind}.json").is_file()]
+        for kind in self.kinds:
+            if kind not in there:
+                hint = f"; --modalities={','.join(there)} leaves {kind} out" if there else ""
+                raise UserError(f"{folder / f'scans_index_{kind}.json'}: no such file{hint}")
         return {
             kind: scans_.read_index(folder / f"scans_index_{kind}.json", KINDS[kind], scans, masks)
             for kind in self.kinds

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rg_jax.data.dicom import read_slice
+from rg_jax.errors import UserError
 from tfds_builders.refrad2d.files import SPLITS, Places, read_split
 from tools.stages import Summary, read_json, write_aside, write_bytes
 
@@ -35,7 +36,11 @@ def take_splits(folder: Path, kept: Kept, summaries: list[Summary]) -> Splits:
         seen: set[str] = set()
         for split in SPLITS:
             filtered = {}
-            for caption, ids in read_split(_find(folder, split, kind)).items():
+            path = _find(folder, split, kind)
+            captions, faults = read_split(path)
+            if faults:
+                raise UserError(f"{path}: {faults[0]}")
+            for caption, ids in captions.items():
                 left = [id_ for id_ in ids if id_ in results]
                 summary.note("in the split JSONs but not kept", "", len(ids) - len(left))
                 if left:
@@ -65,9 +70,38 @@ def make_splits(
 ) -> Splits:
     """Splits by patient, the same for the same patients, shares and seed, whatever their order.
 
-    With three patients or more, every split with a share gets at least one.
+    Of three patients or more with the same modalities, every split with a share gets at least one;
+    so it does of all the others together.
     """
-    patients = sorted({r["patient"] for results in kept.values() for r in results.values()})
+    # Patients with the same modalities are shared out among themselves, so that a rare modality is
+    # in every split too.
+    kinds_of: dict[str, set[str]] = {}
+    for kind, results in kept.items():
+        for result in results.values():
+            kinds_of.setdefault(result["patient"], set()).add(kind)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for patient in sorted(kinds_of):
+        alike.setdefault(tuple(sorted(kinds_of[patient])), []).append(patient)
+    large = [patients for patients in alike.values() if len(patients) >= len(SPLITS)]
+    rest = [p for patients in alike.values() if len(patients) < len(SPLITS) for p in patients]
+    split_of: dict[str, str] = {}
+    for patients in (*large, rest):
+        split_of |= _shared_out(patients, shares, seed)
+    splits: Splits = {kind: {split: {} for split in SPLITS} for kind in kept}
+    for (kind, results), summary in zip(kept.items(), summaries, strict=True):
+        for id_, result in results.items():
+            split = split_of[result["patient"]]
+            splits[kind][split].setdefault(captions[id_], []).append(id_)
+            summary.note(f"in {split}, by patient with seed {seed}")
+        for split, share in zip(SPLITS, shares, strict=True):
+            if share and results and not splits[kind][split]:
+                number = len({result["patient"] for result in results.values()})
+                summary.note(f"no slice in {split}: {number} patients of this modality for all")
+    return splits
+
+
+def _shared_out(patients: list[str], shares: tuple[float, ...], seed: int) -> dict[str, str]:
+    """patient → split; with as many patients as splits, each split with a share gets one."""
     ranked = sorted(patients, key=lambda p: hashlib.sha256(f"{seed}\0{p}".encode()).digest())
     counts = [round(share * len(ranked)) for share in shares]
     if len(ranked) >= len(SPLITS):
@@ -80,16 +114,7 @@ def make_splits(
     for split, count in zip(SPLITS, counts, strict=True):
         split_of |= dict.fromkeys(ranked[start : start + count], split)
         start += count
-    splits: Splits = {kind: {split: {} for split in SPLITS} for kind in kept}
-    for (kind, results), summary in zip(kept.items(), summaries, strict=True):
-        for id_, result in results.items():
-            split = split_of[result["patient"]]
-            splits[kind][split].setdefault(captions[id_], []).append(id_)
-            summary.note(f"in {split}, by patient with seed {seed}")
-        for split, share in zip(SPLITS, shares, strict=True):
-            if share and results and not splits[kind][split]:
-                summary.note(f"no slice in {split}: too few patients of this modality")
-    return splits
+    return split_of
 
 
 def sampled_slices(

@@ -8,10 +8,12 @@ segmentations/{scan}/seg_{file}: labels of TotalSegmentator, with its own ids, a
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from rg_jax.data.dicom import files_of_series, read_series_of, read_slice
+from rg_jax.data.identifying import may_be_pseudonym
 from rg_jax.data.volume import TASK_OF, Volume, read_nifti
 from rg_jax.errors import UserError
 from tools.stages import read_json
@@ -145,9 +147,17 @@ def name_patients(scans: dict[str, list[Scan]], given: str) -> dict[tuple[str, s
     for kind, found in scans.items():
         for scan in found:
             key = scan.patient or str(listed.get(scan.name, "")).strip()
+            if key and not may_be_pseudonym(key):
+                where = f"--patients={given}" if not scan.patient else "the index"
+                raise UserError(
+                    f"{where}: the patient key of {scan.name} holds no digit and may be a name;"
+                    " keys must be pseudonyms, which go into the slices that are written"
+                )
             if not key:
                 raw = patient_of(scan)
                 key = first.setdefault(raw, scan.name) if raw else scan.name
+                if not may_be_pseudonym(key):
+                    key = f"scan-{hashlib.sha256(key.encode()).hexdigest()[:12]}-0"
             named[kind, scan.name] = key
     return named
 

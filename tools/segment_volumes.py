@@ -73,16 +73,16 @@ def run(options: argparse.Namespace) -> Summary:
                 summary.keep("masks that were there")
                 continue
         except UserError as error:
-            summary.leave_out("unusable volume or mask", error)
+            summary.fail("unusable volume or mask", error)
             continue
         segment = segment or _totalsegmentator()
         try:
             mask = _segment(segment, volume, options)
         except UserError as error:
-            summary.leave_out("unusable result of TotalSegmentator", f"{scan.name}: {error}")
+            summary.fail("unusable result of TotalSegmentator", f"{scan.name}: {error}")
             continue
         except Exception as error:  # one volume that it cannot do must not cost the others
-            summary.leave_out("TotalSegmentator failed", f"{scan.name}: {_words(error)}")
+            summary.fail("TotalSegmentator failed", f"{scan.name}: {_words(error)}")
             continue
         with write_aside(scan.mask) as aside:
             _nifti(mask, volume.affine).to_filename(aside)

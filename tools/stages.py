@@ -181,6 +181,7 @@ class Summary:
         self.left_out: collections.Counter[str] = collections.Counter()
         self.noted: collections.Counter[str] = collections.Counter()
         self.places: dict[str, list[str]] = {}
+        self.failed = 0
 
     def keep(self, how: str = "kept", count: int = 1) -> None:
         """Count items that are in the result; `how` tells "done now" from "was there"."""
@@ -190,6 +191,11 @@ class Summary:
         """Count items that are not in the result, with the file or id of the culprit."""
         self.left_out[reason] += count
         self._remember(reason, place)
+
+    def fail(self, reason: str, place: object = "") -> None:
+        """Leave out an item that should be in the result: the command then ends with code 1."""
+        self.leave_out(reason, place)
+        self.failed += 1
 
     def note(self, what: str, place: object = "", count: int = 1) -> None:
         """Count something worth knowing (a repair, a fall-back) about items that are kept."""
@@ -340,7 +346,8 @@ def command(
     """Parse flags, run the stage, print its summaries.
 
     A UserError or a full disk ends with one line on stderr and exit code 2, Ctrl-C with 130; a run
-    that left out all there was (a wrong folder, mostly) with 1.
+    that left out all there was (a wrong folder, mostly), or in which something failed that may go
+    well when it is run again, with 1.
     """
     try:
         summaries = run(parser.parse_args(argv))
@@ -360,3 +367,5 @@ def command(
             s.kept.total() for s in summaries
         ):
             stop("nothing could be kept; the reasons stand above", 1)
+        if failed := sum(s.failed for s in summaries):
+            stop(f"{failed} could not be done; the reasons stand above", 1)

@@ -127,7 +127,25 @@ def read_series_of(folder: str | Path) -> tuple[Volume, str]:
     patients = {piece.patient for _, piece in slices}
     if len(patients) > 1:
         raise UserError(f"{folder}: holds slices of {len(patients)} patients; separate them")
-    return _stack(folder, slices, abs(thickness)), patients.pop()
+    return _stack(folder, _inverted_alike(slices), abs(thickness)), patients.pop()
+
+
+def _inverted_alike(slices: list[tuple[str, Slice]]) -> list[tuple[str, Slice]]:
+    """Inverted slices of a series about one value, that of all: each about its own differ.
+
+    Inverting about minimum + maximum leaves both as they are: they can be read off the result.
+    """
+    inverted = [i for i, (_, s) in enumerate(slices) if INVERTED in s.repairs]
+    if not inverted or any(LUT_APPLIED in slices[i][1].repairs for i in inverted):
+        return slices
+    ends = {i: (int(slices[i][1].pixels.min()), int(slices[i][1].pixels.max())) for i in inverted}
+    middle = min(low for low, _ in ends.values()) + max(high for _, high in ends.values())
+    alike = list(slices)
+    for i, (low, high) in ends.items():
+        name, piece = slices[i]
+        moved = piece.pixels.astype(np.int32) + (middle - low - high)
+        alike[i] = name, dataclasses.replace(piece, pixels=moved.astype(piece.pixels.dtype))
+    return alike
 
 
 # One image

@@ -36,15 +36,16 @@ _PLACEHOLDER = re.compile(
     r"|unknown|none|no[ _^]?name|phantom|test|na|n/a|x+)[\W_]*\d*",
     re.IGNORECASE,
 )
-_DUMMY_DATES = ("19000101", "00000000", "00010101", "19700101")
+# 1970-01-01, where computers begin to count, is left out: people were born on it.
+_DUMMY_DATES = ("19000101", "00000000", "00010101")
 
 
 def identifying_keywords(dataset: Any) -> tuple[str, ...]:
     """The keywords, sorted, of all elements of a pydicom data set that may identify someone.
 
     Empty elements and what anonymisers leave ("ANON^0006", "Anonymous", 1900-01-01) do not
-    count. Where the header says that the identity was removed, an id counts as a pseudonym, and a
-    name does if it holds a digit; birth dates, addresses and real names count all the same.
+    count. Where the header says that the identity was removed, a name or an id counts as a
+    pseudonym if it holds a digit; birth dates, addresses and real names count all the same.
     Elements inside sequences are looked at too.
     """
     removed = str(dataset.get("PatientIdentityRemoved") or "").upper() == "YES"
@@ -54,6 +55,16 @@ def identifying_keywords(dataset: Any) -> tuple[str, ...]:
     if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES":
         found.add("BurnedInAnnotation")
     return tuple(sorted(found))
+
+
+def may_be_pseudonym(value: str) -> bool:
+    """Whether a patient's key is no name: it holds a digit, or is a placeholder."""
+    return any(map(str.isdigit, value)) or _PLACEHOLDER.fullmatch(value) is not None
+
+
+def private_elements(dataset: Any) -> int:
+    """How many private elements a pydicom data set holds: nobody can tell what is in them."""
+    return sum(tag.is_private for tag in dataset.keys())  # noqa: SIM118 (a data set is no dict)
 
 
 def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
@@ -87,9 +98,6 @@ def _harmless(keyword: str, value: str, removed: bool) -> bool:
     if keyword in _PSEUDONYMS or keyword.endswith("Name"):
         if _PLACEHOLDER.fullmatch(value):
             return True
-        return (
-            removed
-            and (keyword != "PatientName" or any(map(str.isdigit, value)))
-            and (keyword in _PSEUDONYMS)
-        )
+        # What holds no digit may be a name, also where an id belongs.
+        return removed and keyword in _PSEUDONYMS and may_be_pseudonym(value)
     return value in _DUMMY_DATES or value[:8] in _DUMMY_DATES

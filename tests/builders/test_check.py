@@ -133,6 +133,7 @@ HARMFUL = {
     "lost letter": ("encoding damage", caption("Keine L\ufffdsion.")),
     "control character": ("encoding damage", caption("Keine\x07 Läsion.")),
     "image": ("not a valid record", lambda item: item.update(image=None)),
+    "box beside its mask": ("box does not fit its mask", first_entity(box=(0.0, 0.0, 2.0, 2.0))),
     "dtype": ("not a valid record", lambda item: item.update(image=item["image"] * 1.0)),
     "missing field": ("not a valid record", lambda item: item.pop("rescale")),
     "entities": ("not a valid record", lambda item: item.update(entities=None)),
@@ -141,7 +142,6 @@ HARMLESS = {
     "spacing": ("bad spacing", lambda item: item.update(spacing_mm=(300.0, 1.0))),
     "half a spacing": ("bad spacing", lambda item: item.update(spacing_mm=(0.0, 1.0))),
     "no spacing": ("bad spacing", lambda item: item.update(spacing_mm=(0.0, 0.0))),
-    "blank": ("blank image", lambda item: item.update(image=item["image"] * 0)),
     "mask without the class": (
         "mention without mask",
         lambda item: item.update(segmentation=item["segmentation"] * 0),
@@ -230,7 +230,8 @@ def test_blank_pictures_are_no_leak(tmp_path):
         return item
 
     report, problems = checked(tmp_path, change)
-    assert {p["kind"] for p in problems} == {"blank image"} and len(problems) == 6
+    assert {(p["kind"], p["harmful"]) for p in problems} == {("blank image", True)}
+    assert len(problems) == 6
 
 
 def test_the_same_id_twice_in_one_split(tmp_path):
@@ -246,7 +247,9 @@ def test_what_a_builder_reports_is_kept_with_its_file(tmp_path):
         return {("train", 0): bad, ("test", 0): fine}.get((split, index), item)
 
     report, problems = checked(tmp_path, change)
-    assert [p["file"] for p in problems] == ["a/b.dcm", "a/c.json"]
+    assert sorted(p["file"] for p in problems) == ["a/b.dcm", "a/c.json", "split test"]
+    empty = [p for p in problems if p["file"] == "split test"]
+    assert [(p["kind"], p["harmful"]) for p in empty] == [("empty split", False)]
     assert report.harmful == 1 and report.statistics.records == {"train": 2, "val": 2}
     assert report.builder_counts["left out: unreadable file"] == 1
     text = "\n".join(report.lines())

@@ -410,3 +410,27 @@ def test_real_layout_with_all_defects_at_once(real, tmp_path, capsys):
     leak = real.list_too("ct", real.ids("ct")[-1], "test")
     _, problems = real.check(tmp_path / "out", templates="none")
     assert any(p["kind"] == "leakage between splits" and p["file"] == leak for p in problems)
+
+
+def test_damaged_lists_are_told_and_the_check_goes_on(tmp_path):
+    """A split file that is no JSON, an entry that is no list: told with the file, no text of it."""
+    source = tmp_path / "source"
+    mini.write_mini(source)
+    folder = source / "split_v18" / "generated"
+    torn = next(folder.rglob("*train_ct*.json"))
+    torn.write_text("{")
+    bad = next(folder.rglob("*train_mr*.json"))
+    content = json.loads(bad.read_text())
+    content["The liver of Mrs Smith."] = "no list"
+    bad.write_text(json.dumps(content))
+    builder = Builder(data_dir=tmp_path / "none", config=RefRad2DConfig())
+    report = check(builder, source, tmp_path)
+    problems = [
+        json.loads(line) for line in (tmp_path / page.PROBLEMS).read_text().splitlines() if line
+    ]
+    told = {p["kind"]: p for p in problems}
+    assert told["unreadable file"]["file"].endswith(torn.name)
+    assert told["unreadable entry"]["file"].endswith(bad.name)
+    assert "does not hold a list" in told["unreadable entry"]["detail"]
+    assert "Smith" not in json.dumps(problems) and report.complete
+    assert report.statistics.records["test"] > 0

@@ -1,6 +1,5 @@
 """refrad2d: a made-up folder in the official layout through the builder."""
 
-import hashlib
 import json
 import shutil
 import sys
@@ -27,10 +26,6 @@ def source(tmp_path) -> Path:
     folder = tmp_path / "source"
     mini.write_mini(folder)
     return folder
-
-
-def hashed(patient: str) -> str:
-    return hashlib.sha256(f"rg_jax group {patient}".encode()).hexdigest()[:16]
 
 
 def read(place: Path):
@@ -63,6 +58,31 @@ def own(item):
     return [row for row in item["qa"] if row["type"] != "grounded"]
 
 
+def test_groups_are_patients_by_running_numbers(source):
+    """One group per patient, the same in every build, and nothing of the PatientID in it."""
+    group_of = {}
+    for items in make(source).values():
+        for slice_id in items.keys() & mini.SLICES.keys():
+            patient = mini.SLICES[slice_id]["patient"]
+            group = items[slice_id]["source"]["group"]
+            assert group_of.setdefault(patient, group) == group
+    assert len(set(group_of.values())) == len(group_of) > 1
+    assert all(group.startswith("group-") and group[6:].isdigit() for group in group_of.values())
+    shutil.rmtree(source.parent / "data")
+    for items in make(source).values():
+        for slice_id in items.keys() & mini.SLICES.keys():
+            patient = mini.SLICES[slice_id]["patient"]
+            assert items[slice_id]["source"]["group"] == group_of[patient]
+
+
+def test_another_source_is_not_taken_for_the_same(source, tmp_path):
+    make(source)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    with pytest.raises(UserError, match="was built from another --source than"):
+        command.build(Builder, RefRad2DConfig(), str(tmp_path / "data"), str(other))
+
+
 def test_one_record_per_slice_in_its_split(source):
     splits = make(source)
     ids = {split: {i for i in items if i in mini.SLICES} for split, items in splits.items()}
@@ -83,7 +103,7 @@ def test_one_record_per_slice_in_its_split(source):
             assert item["texts"]["de"]["clinical_information"] == "Schmerzen."
             assert item["source"] == {
                 "dataset": "RefRad2D",
-                "group": hashed(made["patient"]),
+                "group": item["source"]["group"],
                 "licence": "private",
             }
 
@@ -247,7 +267,7 @@ def test_parts_on_request(source):
     published = make(source, clean="published", name="p")["train"]["aabb22222222"]
     assert "1. 2 cm" in published["texts"]["en"]["caption"]
     assert named(published, "en")[0][0] == "Left kidney"
-    kept = make(source, hash_groups=False)["train"]["aaaa11111111"]
+    kept = make(source, number_groups=False)["train"]["aaaa11111111"]
     assert kept["source"]["group"] == mini.SLICES["aaaa11111111"]["patient"]
 
 

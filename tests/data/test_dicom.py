@@ -288,6 +288,8 @@ def test_missing_geometry_is_unknown():
         ({"InstitutionName": "Spital"}, ("InstitutionName",)),
         ({"AccessionNumber": "A123"}, ("AccessionNumber",)),
         ({"BurnedInAnnotation": "YES"}, ("BurnedInAnnotation",)),
+        ({"PatientBirthDate": "19700101"}, ("PatientBirthDate",)),
+        ({"PatientID": "Mueller Hans"}, ("PatientID",)),
     ],
 )
 def test_identifying_elements(elements, found, removed):
@@ -416,6 +418,15 @@ def test_series_is_sorted_by_position(tmp_path):
     np.testing.assert_array_equal(volume.array, pixels.transpose(2, 1, 0) - 1024)
     # (x, y, z) = (1, 2, 3) lies 3 mm · 1 to the left, 2 mm · 2 to the back, 2.5 mm · 3 up.
     np.testing.assert_allclose(volume.affine @ [1, 2, 3, 1], [10 - 3, 20 - 4, 30 + 7.5, 1])
+
+
+def test_an_inverted_series_is_inverted_about_one_value(tmp_path):
+    """Not every slice about its own: the same tissue would differ from slice to slice."""
+    plain = write_series(tmp_path / "plain")
+    write_series(tmp_path / "inverted", PhotometricInterpretation="MONOCHROME1")
+    volume, ours = read_series(tmp_path / "plain"), read_series(tmp_path / "inverted")
+    middle = int(plain.min()) + int(plain.max()) - 2 * 1024
+    np.testing.assert_array_equal(ours.array, middle - volume.array)
 
 
 def test_slices_of_a_series_are_the_slices_of_its_volume(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from rg_jax.data.dicom import read_slice
 from rg_jax.errors import UserError
 from rg_jax.grounding.spans import tag
 from tools import build_slices
+from tools.layout import make_splits
 from tools.slice_files import rescale_of
+from tools.stages import Summary
 
 sys.path.insert(0, str(Path(__file__).parent))
 import small_archive  # noqa: E402
@@ -142,7 +145,10 @@ def test_patients_and_that_no_id_of_an_archive_leaves_it(built):
     for id_ in KEPT:
         path = out / "dicoms_anon" / id_[:2] / f"{id_}.dcm.zst"
         patients.setdefault(SLICES[id_][0], set()).add(read_slice(path).patient)
-    assert patients == {"one": {"one"}, "two": {"two"}, "three": {"three"}}
+    assert {len(keys) for keys in patients.values()} == {1} and len(patients) == 3
+    assert len(set.union(*patients.values())) == 3
+    # A folder's name without a digit may be a person's: something else stands for it.
+    assert all(key.startswith("scan-") for keys in patients.values() for key in keys)
     for path in out.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
@@ -451,3 +457,54 @@ def test_real_volumes_give_their_finished_layout(tmp_path):
             )
     copied = build(root, tmp_path / "copied", f"--dicom_dir={root / 'dicoms_anon'}")
     assert sum(sum(summary.kept.values()) for summary in copied) == len(answers)
+
+
+@pytest.fixture
+def own_archive(archive, tmp_path):
+    """To be changed."""
+    return shutil.copytree(archive, tmp_path / "own")
+
+
+def test_an_archive_of_one_modality_and_one_language(own_archive, tmp_path, capsys):
+    """What is missing is named with the flag that leaves it out."""
+    import pyarrow.parquet as pq
+
+    given = [f"--root={own_archive}", f"--out={tmp_path / 'out'}"]
+    (own_archive / "scans_index_mr.json").unlink()
+    with pytest.raises(SystemExit):
+        build_slices.main(given)
+    assert "--modalities=ct leaves mr out" in capsys.readouterr().err
+    path = own_archive / "refrad2d_vqa_dataset.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("german"), path)
+    with pytest.raises(SystemExit):
+        build_slices.main([*given, "--modalities=ct"])
+    assert "has no column german (--languages=en)" in capsys.readouterr().err
+    build_slices.main([*given, "--modalities=ct", "--languages=en"])
+    assert "kept" in capsys.readouterr().out
+    index = tmp_path / "out" / "refrad2d_segment" / "rsopid_2_segment_v3_ct.json"
+    assert json.loads(index.read_text())
+
+
+def test_a_key_that_may_be_a_name_is_refused(archive, tmp_path, capsys):
+    keys = tmp_path / "patients.json"
+    keys.write_text(json.dumps({"one": "Mueller Hans"}))
+    with pytest.raises(SystemExit):
+        build_slices.main([f"--root={archive}", f"--out={tmp_path / 'out'}", f"--patients={keys}"])
+    text = capsys.readouterr().err
+    assert "the patient key of one holds no digit" in text and "Hans" not in text
+
+
+def test_splits_hold_every_modality():
+    """A rare modality is in each split, where it has patients enough."""
+    kept = {
+        "ct": {f"c{i}": {"patient": f"p{i}"} for i in range(40)},
+        "mr": {f"m{i}": {"patient": f"q{i}"} for i in range(4)},
+    }
+    captions = dict.fromkeys([*kept["ct"], *kept["mr"]], "text")
+    summaries = [Summary("CT slices"), Summary("MR slices")]
+    for seed in range(5):
+        made = make_splits(kept, captions, (0.8, 0.1, 0.1), seed, summaries)
+        sizes = {
+            k: [len(made[k][s].get("text", [])) for s in ("train", "val", "test")] for k in made
+        }
+        assert sizes == {"ct": [32, 4, 4], "mr": [2, 1, 1]}

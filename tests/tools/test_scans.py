@@ -26,6 +26,7 @@ def test_the_patient_is_found_whatever_lies_beside(tmp_path, beside):
 
 
 def test_scans_of_one_patient_share_a_key(tmp_path):
-    scans = [series(tmp_path / "a"), series(tmp_path / "b", "DICOMDIR"), series(tmp_path / "c")]
+    names = (("a1",), ("b2", "DICOMDIR"), ("c3",))
+    scans = [series(tmp_path / name, *beside) for name, *beside in names]
     named = name_patients({"ct": scans}, "")
-    assert set(named.values()) == {"a"}  # the first scan stands for the patient
+    assert set(named.values()) == {"a1"}  # the first scan stands for the patient

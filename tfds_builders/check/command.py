@@ -165,6 +165,9 @@ def _records(
     except Exception as error:
         told(str(source or builder.name), error)
         return
+    if splits and "train" not in splits:
+        there = f"there are {', '.join(splits)}"
+        take([Problem("no train split", str(source or builder.name), there)])
     sizes = [_size(builder, split, records, limit) for split, records in splits.items()]
     total = None if None in sizes else sum(sizes)
     plain = not sys.stderr.isatty()
@@ -177,16 +180,21 @@ def _records(
         ascii=plain,
     ) as bar:
         for split, records in splits.items():
-            records = iter(records)
+            records, met, whole = iter(records), 0, False
             try:
                 for item in itertools.islice(records, limit or None):
+                    met += 1
                     yield split, item
                     bar.update()
+                whole = True
             except Exception as error:
                 told(f"split {split}", error)
             finally:
                 with contextlib.suppress(Exception):
                     getattr(records, "close", lambda: None)()  # ends the workers of a pool
+            if whole and not met:
+                text = "none of its records can be used"
+                take([Problem("empty split", f"split {split}", text, split == "train")])
 
 
 def _size(builder: RecordBuilder, split: str, records: Iterable[Record], limit: int) -> int | None:

@@ -82,16 +82,23 @@ def read_json(path: Path, kind: type) -> Any:
     return content
 
 
-def read_split(path: Path) -> dict[str, list[str]]:
-    """caption → ids. Raises UserError for anything else."""
-    content = read_json(path, dict)
-    for caption, ids in content.items():
-        good = isinstance(ids, list) and all(
-            isinstance(i, str) and i and os.sep not in i and not i.startswith(".") for i in ids
-        )
-        if not good:
-            raise UserError(f"{path}: caption {caption[:60]!r} does not hold a list of slice ids")
-    return content
+def is_slice_id(value: Any) -> bool:
+    """Whether it can be a slice's id, which is a file's name too."""
+    return isinstance(value, str) and value != "" and os.sep not in value and value[0] != "."
+
+
+def read_split(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The slice ids of each caption of a split file, and what is wrong with others, by number.
+
+    Captions are patients' texts: faults do not quote them. Raises UserError if it is no such file.
+    """
+    captions, faults = {}, []
+    for number, (caption, ids) in enumerate(read_json(path, dict).items(), 1):
+        if isinstance(ids, list) and all(map(is_slice_id, ids)):
+            captions[caption] = ids
+        else:
+            faults.append(f"caption {number} does not hold a list of slice ids")
+    return captions, faults
 
 
 class Reports:
@@ -115,8 +122,10 @@ class Reports:
                 key = _id_column(file.schema_arrow)
                 for column in wanted:
                     if column not in known and column != "body_part":
+                        other = [code for code, name in STRUCTS.items() if name in known]
+                        hint = f" (--languages={','.join(other)})" if other else ""
                         raise UserError(
-                            f"{path}: has no column {column}; it has {', '.join(known)}"
+                            f"{path}: has no column {column}{hint}; it has {', '.join(known)}"
                         )
                 columns = [key, *(column for column in wanted if column in known)]
                 self._table = file.read(columns=columns).combine_chunks()

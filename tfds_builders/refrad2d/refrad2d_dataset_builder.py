@@ -8,7 +8,6 @@ lie elsewhere are named by their own flags, from --source or from the current fo
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,8 +58,8 @@ class RefRad2DConfig(common.RecordConfig):
     skip_bad: bool = common.parameter(
         False, "leave out slices that cannot be used instead of stopping"
     )
-    hash_groups: bool = common.parameter(
-        True, "keep a hash instead of the PatientID as the group of a record"
+    number_groups: bool = common.parameter(
+        True, "keep a running number instead of the PatientID as the group of a record"
     )
     split_dir: str = common.parameter(
         "split_v18/generated", "the folder with filtered_{ct,mr}_splits/", role="stored"
@@ -188,7 +187,10 @@ class Builder(common.RecordBuilder):
                     f" --modalities leaves {kind} out, --split_dir names another folder"
                 )
             self.notes += [f"{name} is not there: no such split" for name in missing]
-            self._index[kind] = files.read_json(places.index(kind), dict)
+            index = self._or_problem(files.read_json, places.index(kind), dict)
+            if index is None:
+                continue  # a data check: without it each slice would be a problem of its own
+            self._index[kind] = index
             for split, path in paths.items():
                 if path.is_file():
                     listed += self._listed(split, kind, path)
@@ -204,13 +206,28 @@ class Builder(common.RecordBuilder):
         ids = list(dict.fromkeys(slice_id for _, slice_id, _, _ in (*listed, *sampled)))
         belongings = self._belongings(ids)
         self._group: dict[str, str] = {}
+        self._numbers: dict[str, str] = {}
         members = [self._member(row, belongings) for row in listed]
         return members + self._place_sampled(sampled, members, belongings)
+
+    def _or_problem(self, read, path: Path, *more):
+        """What `read(path, …)` returns; where it fails a data check tells so, and gets None."""
+        try:
+            return read(path, *more)
+        except UserError as error:
+            if self.problems is None:
+                raise
+            detail = str(error).removeprefix(f"{path}: ")
+            self.report(Problem("unreadable file", self._places.name(path), detail))
+            return None
 
     def _listed(self, split: str, kind: str, path: Path):
         """(record id, slice id, split, file) of a split file; an id that it repeats, once."""
         name, seen = self._places.name(path), set()
-        for ids in files.read_split(path).values():
+        captions, faults = self._or_problem(files.read_split, path) or ({}, [])
+        for fault in faults:
+            self.report(Problem("unreadable entry", name, fault))
+        for ids in captions.values():
             for slice_id in ids:
                 if slice_id in self._reports.repeated:
                     continue  # told already; which of its rows is right, nobody knows
@@ -229,12 +246,15 @@ class Builder(common.RecordBuilder):
         path = self._places.sampled(kind)
         name = self._places.name(path)
         known = {record_id for record_id, *_ in listed}
-        for record_id, entry in files.read_json(path, dict).items():
+        entries = self._or_problem(files.read_json, path, dict) or {}
+        for record_id, entry in entries.items():
             if not isinstance(entry, dict):
                 self.report(Problem("unreadable file", name, f"{record_id} is no object"))
             elif str(entry.get("modality", kind)).lower() != kind:
                 text = f"{record_id} has modality {entry['modality']!r}"
                 self.report(Problem("wrong modality", name, text))
+            elif not files.is_slice_id(record_id):
+                self.report(Problem("unreadable entry", name, "an id that is no file name"))
             elif record_id in known or record_id in self._sampled:
                 self.report(Problem("duplicate id", name, f"{record_id} is a slice too"))
             else:
@@ -263,8 +283,10 @@ class Builder(common.RecordBuilder):
         if scan:
             keys["scan"] = scan
         group = keys.get("patient") or keys.get("scan") or keys.get("study") or record_id
-        if self.builder_config.hash_groups:
-            group = hashlib.sha256(f"rg_jax group {group}".encode()).hexdigest()[:16]
+        if self.builder_config.number_groups:
+            # In the order of the files, the same in every build of them. A hash of the PatientID
+            # would tell it to whoever tries all numbers of a hospital.
+            group = self._numbers.setdefault(group, f"group-{len(self._numbers) + 1:06d}")
         self._group[record_id] = group
         if slice_id:
             keys["slice"] = slice_id

@@ -204,6 +204,8 @@ def _read(places: Places, job: Job, problems: list[Problem]) -> dicom.Slice:
     if read.identifying:
         text = f"not empty: {', '.join(read.identifying)}; no value of them goes into records"
         problems.append(Problem("identifying tags", name, text, False))
+    if read.pixels.min() == read.pixels.max():
+        raise Found("blank image", name, "every pixel is the same: nothing on it can be found")
     if not all(SPACING_MM[0] <= side <= SPACING_MM[1] for side in read.spacing_mm):
         text = f"spacing is {read.spacing_mm} mm (row, column)"
         problems.append(Problem("bad spacing", name, text, False))
