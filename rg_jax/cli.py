@@ -41,7 +41,12 @@ def main(run: Callable[[list[str]], object]) -> None:
         except KeyboardInterrupt:
             stop("interrupted; the same command goes on from the last checkpoint", 130)
 
-    app.run(guarded, flags_parser=_parse)
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except SystemExit:
+        if any(flag in sys.argv[1:] for flag in ("--help", "-help", "-h", "--helpfull")):
+            sys.exit(0)  # absl calls help a failure
+        raise
 
 
 def _silence_broken_saves() -> None:

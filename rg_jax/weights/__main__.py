@@ -41,7 +41,13 @@ def main(argv: list[str]) -> None:
     if len(names) != wanted:
         raise UserError(f"{name} takes {wanted} name(s), not {len(names)}: {USAGE}")
     mesh_lib.prepare_backend(steps=False)
-    command(*names)
+    try:
+        command(*names)
+    except OSError as error:
+        # Reading names its files itself; what is left is a target that cannot be made.
+        raise UserError(
+            f"{error.filename or names[-1]} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def convert(src: str, dst: str) -> None:
@@ -85,7 +91,10 @@ def tokenizer_of(source: Source, given: str | None) -> Tokenizer:
 
 def inspect(src: str) -> None:
     """All that SRC holds."""
-    print(listing.list_source(open_weights(src, num_heads=FLAGS.heads), FLAGS.norms))
+    source = open_weights(src, num_heads=FLAGS.heads)
+    print(listing.list_source(source, FLAGS.norms))
+    if source.unknown and not source.leaves:
+        raise UserError(f"{src}: none of its {len(source.unknown)} arrays is known here")
 
 
 def inspect_variant() -> None:

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rg_jax import run as run_lib
+from rg_jax.errors import UserError
 from rg_jax.grounding.format import BOX_OPEN, MASK_OPEN, GroundingFormat
+from rg_jax.grounding.prompts import WORDINGS
 from rg_jax.model.config import ModelConfig, count_params
 from rg_jax.weights.source import Source
 
 # Metrics that a card shows, where an evaluation has them; all others lie in metrics.json.
 _SHOWN = {
-    "g_iou": "G-IoU",
+    "g_iou": "G-IoU",  # of the boxes around masks where only masks are written, see _title
     "f1_50": "F1 at IoU ≥ 0.5",
     "mask_g_iou": "Mask G-IoU",
     "mask_dice": "Dice of matched entities",
@@ -30,7 +33,7 @@ def facts_of_run(folder: Path, config: Any, step: int) -> dict[str, Any]:
     No path and nothing of a patient is among them.
     """
     facts: dict[str, Any] = {"name": config.name or "rg_jax", "step": step}
-    facts["from_scratch"] = not (config.weights or config.encoder_weights)
+    facts["from_scratch"] = _from_scratch(folder, config)
     facts["image_style"] = config.data.image_style
     facts["languages"] = list(config.data.languages)
     for which in ("train", "val", "test"):
@@ -38,6 +41,16 @@ def facts_of_run(folder: Path, config: Any, step: int) -> dict[str, Any]:
             f"{part['name']} ({part['split']}): {', '.join(part['tasks'])}"
             for part in config.data[which]
         ]
+    tasks = dict.fromkeys(task for part in config.data.train for task in part["tasks"])
+    facts["tasks"] = list(tasks)
+    facts["prompts"] = {
+        task: {
+            language: WORDINGS[language].prompts[task]
+            for language in config.data.languages
+            if WORDINGS[language].prompts.get(task)
+        }
+        for task in tasks
+    }
     path = folder / "metrics.json"
     if path.is_file():
         try:
@@ -45,6 +58,25 @@ def facts_of_run(folder: Path, config: Any, step: int) -> dict[str, Any]:
         except ValueError:
             facts["metrics_damaged"] = True
     return facts
+
+
+def _from_scratch(folder: Path, config: Any) -> bool:
+    """Whether nothing of another model is in these weights, through all runs that they began with.
+
+    A run that cannot be found any more counts as another model's weights.
+    """
+    for path in (config.weights, config.encoder_weights):
+        if not path:
+            continue
+        start = Path(path) if Path(path).is_absolute() else Path.cwd() / path
+        try:
+            if not (start / "config.json").is_file() or start.resolve() == folder.resolve():
+                return False
+            if not _from_scratch(start, run_lib.load_config(start)):
+                return False
+        except (OSError, UserError):
+            return False
+    return True
 
 
 def model_card(source: Source, model: ModelConfig, dtype: str) -> str:
@@ -55,7 +87,8 @@ def model_card(source: Source, model: ModelConfig, dtype: str) -> str:
     licence = (
         "It was trained from random weights."
         if scratch
-        else "It derives from Google's PaliGemma 2, whose Gemma licence applies."
+        else "It derives from Google's PaliGemma 2, whose Gemma licence applies, unless the weights"
+        " it began with were another's: then theirs applies."
     )
     lines = [
         "---",
@@ -83,7 +116,7 @@ def model_card(source: Source, model: ModelConfig, dtype: str) -> str:
         "",
         "## How it writes places",
         "",
-        *_format(source.fmt),
+        *_format(source.fmt, facts),
         "",
         "## Use",
         "",
@@ -108,6 +141,8 @@ def _metrics(facts: Mapping[str, Any]) -> list[str]:
         return ["Not evaluated by this project."]
     where = metrics.get("set", {})
     told = ", ".join(f"{k} {where[k]}" for k in ("data", "split", "step") if k in where)
+    if where.get("n", 0) < where.get("total", 0):
+        told += f"; a part of the set, {where['n']:,} of {where['total']:,} samples"
     rows = [
         f"Measured on: {told or 'the last evaluated set'}. 95 % bootstrap interval.",
         "",
@@ -118,18 +153,35 @@ def _metrics(facts: Mapping[str, Any]) -> list[str]:
         value = metrics.get(key)
         if isinstance(value, dict) and value.get("n") and value.get("mean") is not None:
             low, high = (f"{100 * value[end]:.1f}" for end in ("low", "high"))
+            title = _title(key, title, facts)
             rows.append(f"| {title} | {100 * value['mean']:.1f} | {low} – {high} | {value['n']} |")
     return rows
 
 
-def _format(fmt: GroundingFormat | None) -> list[str]:
+def _title(key: str, title: str, facts: Mapping[str, Any]) -> str:
+    """A model that writes no boxes is measured by those around its masks: the card says so."""
+    around = key in ("g_iou", "f1_50") and not _writes(facts, "box") and _writes(facts, "mask")
+    return f"{title}, of the boxes around its masks" if around else title
+
+
+def _writes(facts: Mapping[str, Any], what: str) -> bool:
+    """Whether a task that was trained writes boxes ("box") or masks ("mask"); unknown: yes."""
+    if not facts.get("tasks"):
+        return True
+    tasks = {"box": ("detect", "joint", "slake"), "mask": ("segment", "joint")}[what]
+    return any(task.startswith(tasks) for task in facts["tasks"])
+
+
+def _format(fmt: GroundingFormat | None, facts: Mapping[str, Any]) -> list[str]:
     if fmt is None:
         return ["It adds no tokens; `<loc0000>` … `<loc1023>` are PaliGemma's own."]
     rows = [
         f"- extra tokens behind `<image>`, in the order of their ids: "
         f"{', '.join(f'`{token}`' for token in fmt.extra_tokens)}"
     ]
-    if BOX_OPEN in fmt.extra_tokens:
+    boxes = BOX_OPEN in fmt.extra_tokens and _writes(facts, "box")
+    masks = MASK_OPEN in fmt.extra_tokens and _writes(facts, "mask")
+    if boxes:
         a, b = (
             ("y_min x_min", "y_max x_max")
             if fmt.box_order == "yxyx"
@@ -141,9 +193,24 @@ def _format(fmt: GroundingFormat | None) -> list[str]:
             "- a mark without ` id=` is "
             + ("malformed" if fmt.id_required else "an entity outside the classes"),
         ]
-    if MASK_OPEN in fmt.extra_tokens:
+    if masks:
         rows.append("- `<seg>mention</seg>`: the k-th `</seg>` belongs to the k-th mask")
+    if boxes and masks and any(task.startswith("joint") for task in facts.get("tasks", ())):
+        rows.append(
+            "- asked for both, `<p bbox=… id=…><seg>mention</seg></p>`: a box and a mask of one "
+            "mention"
+        )
+    rows += _prompts(facts)
     return [*rows, "", "The same stands in `grounding_format.json`."]
+
+
+def _prompts(facts: Mapping[str, Any]) -> list[str]:
+    """How each trained task is asked for: without these very words it is not recognised."""
+    return [
+        f"- prompt of `{task}` ({language}): `{text}`"
+        for task in facts.get("tasks", ())
+        for language, text in sorted(facts.get("prompts", {}).get(task, {}).items())
+    ]
 
 
 def _use(source: Source, model: ModelConfig, facts: Mapping[str, Any]) -> list[str]:

@@ -76,9 +76,12 @@ def _reader(place: Path, name: str, own: dict[str, Any], model, rows: int | None
         if len(own) > 1:
             from rg_jax.model.lora import merge
 
+            # In the wanted dtype before the factors go in: what they add is small, and would be
+            # rounded away in a frozen weight's bfloat16.
+            arrays[name] = np.asarray(arrays[name]).astype(dtype)
             arrays = flatten(merge(unflatten(arrays), model))
         array = np.asarray(arrays[name])
-        return array[:rows].astype(dtype, copy=False)
+        return (array if rows is None else array[:rows]).astype(dtype, copy=False)
 
     return read
 

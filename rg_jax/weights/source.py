@@ -89,9 +89,11 @@ class Source:
             return {name: v for name, v in names.items() if name.startswith(f"{part}/")}
 
         leaves, missing = below(self.leaves), below(self.missing)
-        return dataclasses.replace(
+        only = dataclasses.replace(
             self, leaves=leaves, missing=missing, parts=(part,), model=None, masks=None
         )
+        # An encoder reads no tokens: whichever it lay beside are of no matter.
+        return dataclasses.replace(only, tokens=None) if part == "img" else only
 
     def without(self, part: str) -> Source:
         """Everything but the leaves below `part`."""
