@@ -64,3 +64,28 @@ def test_what_is_read_is_what_the_run_computes_with(tiny_config, tokenizer_file,
     (tmp_path / "checkpoints" / "0").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no complete checkpoint"):
         open_weights(str(tmp_path))
+
+
+def test_factors_are_merged_in_the_wanted_dtype(tiny_config, tokenizer_file, tmp_path):
+    """What they add is far below a bfloat16's last digit, and float32 was asked for."""
+    config = tiny_config("/nonexistent")
+    config.tokenizer = {"path": str(tokenizer_file), "sha256": "", "vocab_size": 0}
+    config.lora.rank, config.frozen_dtype = 2, "bfloat16"
+    config.schedule = [("lora/.*", {"decay": "cosine"}), (".*", None)]
+    run, params = saved_run(config, tmp_path)
+    wide = {n: np.asarray(x).astype(np.float32) for n, x in params.items()}
+    expected = flatten(merge(unflatten(wide), run.model.config))
+    source = open_weights(str(tmp_path))
+    adapted = {n.removeprefix("lora/").rpartition("/")[0] for n in params if n.endswith("/a")}
+    assert adapted
+    for name in adapted - {TABLE}:
+        found = source.leaves[name].read(np.dtype(np.float32))
+        np.testing.assert_allclose(found, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_encoder_of_a_run_has_no_tokens_to_compare(tiny_config, tokenizer_file, tmp_path):
+    config = tiny_config("/nonexistent")
+    config.tokenizer = {"path": str(tokenizer_file), "sha256": "", "vocab_size": 0}
+    saved_run(config, tmp_path)
+    source = open_weights(str(tmp_path))
+    assert source.tokens and source.only("img").tokens is None and source.only("llm").tokens

@@ -195,3 +195,19 @@ def test_a_released_model_becomes_a_run_that_is_evaluated(
     driver.evaluate_all(opened, params, folder, "test", 8, step)
     assert (folder / "index.html").is_file()
     assert jax.tree.leaves(params) and run_lib.load_config(folder).weights == str(made.folder)
+
+
+def test_a_file_of_something_else_and_a_target_that_cannot_be(tmp_path):
+    """Each one line and exit code 2; asking for help is no mistake."""
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+
+    def run(*words):
+        command = [sys.executable, "-m", "rg_jax.weights", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, text = run("inspect", tmp_path / "other.npz")
+    assert code == 2 and "none of its 1 arrays is known here" in text
+    code, text = run("convert", tmp_path / "other.npz", "/proc/none/there.npz")
+    assert code == 2 and text.startswith("error: ") and "Traceback" not in text
+    assert run("--help")[0] == 0
