@@ -2,8 +2,10 @@
 
 import errno
 import logging as logging_std
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -34,6 +36,7 @@ def main(run: Callable[[list[str]], object]) -> None:
         except OSError as error:
             if error.errno is None and "Failed loading config file" in str(error):
                 # Told only now, when the first field is asked for; its last line names the file.
+                _stop_without_file(_config_file(argv) or _config_file(sys.argv))
                 stop(f"--config: {str(error).splitlines()[-1].strip()}")
             if error.errno not in FULL:
                 raise
@@ -70,23 +73,70 @@ def _silence_broken_saves() -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError, TypeError) as error:
-        # How ml_collections tells of a field that is not there or cannot be set from a flag.
-        # The text is that of a KeyError in it, quoted once more.
-        text = re.sub(r"[\\'\"]", "", str(error).replace("\\n", ". "))
-        stop(f"--config: no such field: {text or type(error).__name__}")
-        raise
-    except (flags.Error, UserError, OSError) as error:
+    except Exception as error:
+        file = _config_file(argv)
+        # A config file's own UserError comes wrapped, with its traceback as text.
+        _, wrapped, message = str(error).rpartition(f"{UserError.__name__}: ")
+        if isinstance(error, UserError) or wrapped:
+            stop(message if wrapped else str(error))
+        if place := _place_in(file, error):
+            stop(f"--config: {file}, {place}: {type(error).__name__}: {_first_line(error)}")
+        _stop_without_file(file)
+        if "has no attribute 'get_config'" in str(error):
+            stop(f"--config: {file} has no get_config(arg), which makes the config")
+        if isinstance(error, (AttributeError, KeyError, TypeError)):
+            # How ml_collections tells of a field that is not there or cannot be set from a flag.
+            # The text is that of a KeyError in it, quoted once more.
+            text = re.sub(r"[\\'\"]", "", str(error).replace("\\n", ". "))
+            text = f"{text or type(error).__name__}{_flags_of(text, argv)}"
+            stop(f"--config: no such field: {text}")
         unset = re.search(r"NoneType'> of field (\S+) is not supported", str(error))
         if unset:
             stop(
                 f"--{unset[1]}: this field is unset and cannot be set by a flag; set it in a config"
                 " file, or by an argument of the config (configs/det.py:steps=500)"
             )
-        # A config file's own error comes wrapped, with its traceback as text.
-        _, wrapped, message = str(error).rpartition(f"{UserError.__name__}: ")
-        stop(message if wrapped else str(error))
-        raise  # not reached: keeps the type checker honest
+        if isinstance(error, (flags.Error, OSError)):
+            stop(str(error))
+        raise
+
+
+def _stop_without_file(file: str) -> None:
+    if file and not os.path.isfile(file):
+        stop(f"--config={file}: no such file")
+
+
+def _config_file(argv: list[str]) -> str:
+    """The file that --config names, without its argument; "" without one."""
+    given = [a for a in argv if a.startswith(("--config=", "-config="))]
+    return given[-1].partition("=")[2].partition(":")[0] if given else ""
+
+
+def _place_in(file: str, error: BaseException) -> str:
+    """Where in the config file an error arose, "line 3", or "" if it was not there."""
+    if not file:
+        return ""
+    if isinstance(error, SyntaxError) and error.filename and _same_file(error.filename, file):
+        return f"line {error.lineno}"
+    inside = [f for f in traceback.extract_tb(error.__traceback__) if _same_file(f.filename, file)]
+    return f"line {inside[-1].lineno}" if inside else ""
+
+
+def _same_file(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return text.strip().splitlines()[0] if text.strip() else "no reason given"
+
+
+def _flags_of(text: str, argv: list[str]) -> str:
+    """Of "lrr. Did you mean …" the flags that name it: " (--config.optimizer.lrr)"."""
+    field = text.split(".")[0].split(" ")[0]
+    named = [a.partition("=")[0] for a in argv if a.startswith("--config.")]
+    named = [a for a in named if field and field in a.split(".")]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def stop(message: str, code: int = 2) -> None:

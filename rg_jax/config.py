@@ -128,6 +128,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for field, least in _AT_LEAST.items():
         if value(field) < least:
             raise UserError(f"config.{field}={value(field)}: must be at least {least}")
+    if not config.optimizer.lr >= 0:
+        raise UserError(f"config.optimizer.lr={config.optimizer.lr}: must not be negative")
     for field, known in _ONE_OF.items():
         if value(field) not in known:
             raise UserError(f"config.{field}={value(field)!r}: must be one of {', '.join(known)}")

@@ -1,6 +1,7 @@
 """Evaluation: generate, read the places, score, draw, write the page.
 
     python -m rg_jax.evaluate --workdir=RUN [--data=NAME --split=SPLIT --limit=N --step=STEP]
+                              [--batch_size=N]
     python -m rg_jax.evaluate --workdir=RUN --benchmark=NAME
     python -m rg_jax.evaluate --config=FILE --weights=FILE --out=DIR
     python -m rg_jax.evaluate compare RUN_A RUN_B [--out=DIR]
@@ -107,6 +108,10 @@ def evaluate_command(values: flags.FlagValues) -> None:
         raise UserError("--out is needed with --config: the folder to write")
     if values.workdir is not None and values.weights:
         raise UserError("--weights goes with --config; a run's folder has weights of its own")
+    if values.limit < 0:
+        raise UserError(f"--limit={values.limit}: 0 for all samples, or a number above it")
+    if values.batch_size is not None and values.batch_size < 1:
+        raise UserError(f"--batch_size={values.batch_size}: must be at least 1")
     # What is missing or wrong is better known before anything is read.
     embedder = load_embedder(values.embedder) if values.embedder else None
     if values.definition not in (None, *DEFINITIONS):
@@ -127,7 +132,7 @@ def evaluate_command(values: flags.FlagValues) -> None:
     folders = [values.data_dir or config.data.dir, config.data.dir]
     with config.unlocked():
         config.data.dir = folders[0]
-        for name in ("embedder", "definition"):
+        for name in ("embedder", "definition", "batch_size"):
             if values[name].value is not None:
                 config.eval[name] = values[name].value
         parts = config.data.test
@@ -174,6 +179,9 @@ def compare_command(values: flags.FlagValues, paths: list[str]) -> None:
     """`compare RUN_A RUN_B`."""
     if len(paths) != 2:
         raise UserError("compare takes two folders: compare RUN_A RUN_B [--out=DIR]")
+    alien = ("workdir", "config", "weights", "benchmark", "limit", "step", "batch_size")
+    if given := [name for name in alien if values[name].value not in (None, 0)]:
+        raise UserError(f"compare reads what two evaluations have left: it takes no --{given[0]}")
     first, second = (Path(path).expanduser() for path in paths)
     compare.compare(
         first,
@@ -210,6 +218,12 @@ def define_flags(values: flags.FlagValues) -> None:
     text("definition", f"which G-IoU comes first: {', '.join(DEFINITIONS)}")
     flags.DEFINE_integer(
         "limit", 0, "evaluate this many samples of each set (0: all)", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "batch_size",
+        None,
+        "samples at once (default: config.eval.batch_size of the run)",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "step", None, "checkpoint to evaluate (default: the newest)", flag_values=values

@@ -51,6 +51,7 @@ class Answer:
     entities: tuple[Entity, ...]
     masks: tuple[np.ndarray | None, ...]
     malformed: int
+    cut: bool = False  # at the most tokens that are generated, before it came to an end
 
 
 def read_image(path: Path, number: int, *, modality: str, frame: int | None, place) -> Record:
@@ -67,9 +68,16 @@ def read_image(path: Path, number: int, *, modality: str, frame: int | None, pla
     elif path.suffix.lower() in PICTURES:
         try:
             with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+                deep = picture.mode.startswith(("I", "F"))
+                pixels = None if deep else np.asarray(picture.convert("RGB"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+        if pixels is None:
+            # As 8 bits nearly all of them would be white, and what their values mean nobody says.
+            raise UserError(
+                f"{path}: has more than 8 bits per pixel; give the DICOM slice or the NIfTI volume"
+                " that it comes from, or a picture of 8 bits in the window that you want"
+            )
         item = {"image": pixels, "rescale": (1.0, 0.0), "modality": modality or "unknown"}
         item["spacing_mm"] = (0.0, 0.0)
     else:
@@ -178,7 +186,7 @@ def answer(
     answers: list[Answer] = []
     for batch in batches:
         for row in predictor(prepared, batch, left=len(samples) - len(answers)):
-            text, _ = detokenise(row.tokens, run.tokenizer)
+            text, ended = detokenise(row.tokens, run.tokenizer)
             read = parse(text, run.fmt)
             found = (
                 predicted_masks(row.masks, read.mask_indices)
@@ -191,7 +199,7 @@ def answer(
                 else e
                 for e, mask in zip(read.entities, found, strict=True)
             )
-            answers.append(Answer(read.text, entities, found, len(read.malformed)))
+            answers.append(Answer(read.text, entities, found, len(read.malformed), not ended))
     return answers
 
 
@@ -220,6 +228,7 @@ def to_json(record: Record, sample: Sample, said: Answer) -> dict[str, Any]:
         "text": said.text,
         "entities": rows,
         "malformed_marks": said.malformed,
+        "cut_at_token_limit": said.cut,
         "notice": NOTICE,
     }
 
@@ -277,7 +286,8 @@ def main(argv: list[str]) -> None:
     for record, sample, said in zip(records, samples, answers, strict=True):
         write_aside(out / f"{record['id']}.png", overlay(record, sample, said))
         rows.append({**to_json(record, sample, said), "step": step})
-        print(f"{record['id']}: {said.text or '(nothing)'}")
+        cut = " … (cut at the most tokens that are generated)" if said.cut else ""
+        print(f"{record['id']}: {said.text or '(nothing)'}{cut}")
     write_aside(out / "predictions.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"places and pictures: {out}\n{NOTICE}")
 

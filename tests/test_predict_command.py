@@ -116,3 +116,11 @@ def test_places_are_told_in_pixels_of_the_file():
     assert row["box_px"] == [20.0, 10.0, 100.0, 50.0] and row["class"] == "liver"
     assert row["mask"] == {"size": [4, 4], "runs": [6, 1, 9]}
     assert said["image"] == 3 and said["malformed_marks"] == 1
+
+
+def test_a_picture_of_16_bits_is_refused(tmp_path):
+    """As 8 bits nearly all of it would be white."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(path)
+    with pytest.raises(UserError, match="more than 8 bits per pixel"):
+        read(path)

@@ -27,9 +27,7 @@ def load() -> Any:
     try:
         import apache_beam
     except ImportError as error:
-        raise UserError(
-            '--beam needs the package apache-beam: pip install "rg_jax[beam]"'
-        ) from error
+        raise UserError('--beam needs the package apache-beam: pip install -e ".[beam]"') from error
     return apache_beam
 
 

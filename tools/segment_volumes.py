@@ -127,7 +127,7 @@ def _totalsegmentator() -> Callable[..., Any]:
     except ImportError as error:
         raise UserError(
             "there are volumes without a mask, and TotalSegmentator is not installed:"
-            ' pip install "rg_jax[segment]"'
+            ' pip install -e ".[segment]"'
         ) from error
     return totalsegmentator
 

@@ -137,7 +137,7 @@ def need(packages: Iterable[str], extra: str = "data") -> None:
     """UserError naming the extra if one of `packages` (by import name) is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'needs the package {package}: pip install "rg_jax[{extra}]"')
+            raise UserError(f'needs the package {package}: pip install -e ".[{extra}]"')
 
 
 def fingerprint(*values: Any) -> str:

@@ -19,7 +19,7 @@ def parquet_module():
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError('parquet files need pyarrow: pip install "rg_jax[data]"') from error
+        raise UserError('parquet files need pyarrow: pip install -e ".[data]"') from error
     return pyarrow.parquet
 
 

@@ -171,7 +171,7 @@ class Places:
                 import zstandard  # noqa: F401
             except ImportError as error:
                 raise UserError(
-                    f'--dicom_dir needs {error.name}: pip install "rg_jax[data]"'
+                    f'--dicom_dir needs {error.name}: pip install -e ".[data]"'
                 ) from error
         self.planes: dict[str, str] = {}
         for path in filter(None, index.split(",")):

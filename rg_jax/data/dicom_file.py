@@ -102,7 +102,7 @@ def open_file(data: bytes | Path, name: str) -> Header:
         import pydicom
         from pydicom.filebase import DicomBytesIO
     except ImportError as error:
-        raise UserError(f'{name}: needs the package pydicom: pip install "rg_jax[data]"') from error
+        raise UserError(f'{name}: needs the package pydicom: pip install -e ".[data]"') from error
     try:
         with quiet():
             # `force`: archives hold files without preamble and file meta.
@@ -139,9 +139,7 @@ def _decompress(data: bytes, name: str) -> bytes:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError(
-            f'{name}: needs the package zstandard: pip install "rg_jax[data]"'
-        ) from error
+        raise UserError(f'{name}: needs the package zstandard: pip install -e ".[data]"') from error
     parts = []
     try:
         while data:
@@ -231,8 +229,7 @@ def _decode(header: Header, syntax: Any, frame: int) -> np.ndarray:
     if not decoder.is_available:
         needed = "; ".join(decoder.missing_dependencies)
         header.fail(
-            f"transfer syntax {syntax.name} needs a plug-in ({needed}):"
-            ' pip install "rg_jax[codecs]"'
+            f'transfer syntax {syntax.name} needs a plug-in ({needed}): pip install -e ".[codecs]"'
         )
     plugins = sorted(
         decoder.available_plugins, key=lambda name: (name != "pydicom", name == "gdcm")
@@ -250,7 +247,7 @@ def _decode(header: Header, syntax: Any, frame: int) -> np.ndarray:
         except BaseException as error:  # codecs have errors of their own, Rust's panic among them
             failures.append(words(error))
     missing = "; ".join(decoder.missing_dependencies)
-    hint = f'; not installed: {missing}: pip install "rg_jax[codecs]"' if missing else ""
+    hint = f'; not installed: {missing}: pip install -e ".[codecs]"' if missing else ""
     header.fail(f"its pixels ({syntax.name}) cannot be decoded: {' / '.join(failures)}{hint}")
     raise AssertionError  # not reached: keeps the type checker honest
 

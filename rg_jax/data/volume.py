@@ -45,7 +45,7 @@ def read_nifti(path: str | Path, modality: str = "") -> Volume:
         from nibabel.spatialimages import HeaderDataError
         from nibabel.wrapstruct import WrapStructError
     except ImportError as error:
-        raise UserError(f'{path}: needs the package nibabel: pip install "rg_jax[data]"') from error
+        raise UserError(f'{path}: needs the package nibabel: pip install -e ".[data]"') from error
     try:
         content = Path(path).read_bytes()
         if content.startswith(b"\x1f\x8b"):

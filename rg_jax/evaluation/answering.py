@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -165,6 +166,14 @@ def results_of(
     return results
 
 
+def _ends_of(path: Path) -> str:
+    """A hash of a file's first and last 64 KiB: whole data sets would take minutes to read."""
+    with path.open("rb") as file:
+        first = file.read(2**16)
+        file.seek(max(path.stat().st_size - 2**16, 0))
+        return hashlib.blake2b(first + file.read(2**16), digest_size=16).hexdigest()
+
+
 def identity(run: run_lib.Run, evaluated: EvalSet, parameters: str) -> dict[str, Any]:
     """All that decides what is answered to a sample, as plain JSON: answers of another identity
     are never taken for these. Batch size, devices and where things lie are no part of it."""
@@ -174,7 +183,7 @@ def identity(run: run_lib.Run, evaluated: EvalSet, parameters: str) -> dict[str,
     files = sorted(evaluated.source.directory.glob("*"))
     return {
         "parameters": parameters,
-        "model": config.model.to_dict() | {"remat": ""},
+        "model": config.model.to_dict() | {"remat": "", "unroll": 1},
         "masks": config.masks.to_dict(),
         "grounding": run.fmt.to_json(),
         "tokenizer": hashlib.sha256(run.tokenizer.model_bytes).hexdigest(),
@@ -186,7 +195,7 @@ def identity(run: run_lib.Run, evaluated: EvalSet, parameters: str) -> dict[str,
         "rows": setting(config, "rows"),
         "data": [evaluated.data, evaluated.split],
         "files": [
-            [f.name, f.stat().st_size]
+            [f.name, f.stat().st_size, _ends_of(f)]
             for f in files
             if "array_record" in f.name or f.suffix == ".json"
         ],

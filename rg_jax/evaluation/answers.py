@@ -61,6 +61,12 @@ class Answers:
             raise UserError(
                 f"{path} is in use by another evaluation: wait for it, or choose another --out"
             ) from None
+        except OSError as error:  # some network file systems know no locks
+            print(
+                f"{path} cannot be locked here ({error.strerror}): nothing keeps a second"
+                " evaluation from writing to it at the same time",
+                flush=True,
+            )
         self._read()
 
     def _read(self) -> None:

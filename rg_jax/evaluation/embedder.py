@@ -7,6 +7,7 @@ give figures on different scales, so every report names the one it used.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -92,15 +93,17 @@ def load_embedder(name: str = "exact") -> Embedder:
     """
     if name == "exact":
         return ExactEmbedder()
+    if name.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"embedder {name}: no such folder")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(
             f"embedder {name!r} needs the package sentence-transformers: "
-            "pip install \"rg_jax[embed]\", or use the embedder 'exact'"
+            "pip install -e \".[embed]\", or use the embedder 'exact'"
         ) from None
     try:
-        model = SentenceTransformer(name, local_files_only=True)
+        model = SentenceTransformer(os.path.expanduser(name), local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -25,9 +25,12 @@ def check_replaceable(out: Path, ours: Collection[str], what: str) -> None:
 def asides(out: Path) -> tuple[Path, Path]:
     """Where a folder is made before it becomes `out`, and where the former `out` waits meanwhile.
 
-    What killed processes have left in such places is removed.
+    What killed processes have left in such places is removed; a folder that one of them had moved
+    away, and not yet replaced, is put back.
     """
     aside, old = (out.with_name(f".{out.name}.{which}.aside") for which in ("new", "old"))
+    if old.exists() and not out.exists():
+        os.replace(old, out)
     for left in (aside, old):
         shutil.rmtree(left, ignore_errors=True)
     return aside, old

@@ -26,6 +26,7 @@ from rg_jax.evaluation.bootstrap import RESAMPLES, bootstrap_means
 from rg_jax.evaluation.figures import KINDS, QUESTIONS, kind_of, text_pairs
 from rg_jax.evaluation.results import Result
 from rg_jax.evaluation.score import GROUPS, rows_by
+from rg_jax.grounding.prompts import WORDINGS
 
 VERDICTS_FILE = "judge.jsonl"
 LOWEST, HIGHEST = 1, 5
@@ -66,13 +67,17 @@ def read_reply(text: str) -> Verdict:
     return Verdict(int(score), " ".join((found["reason"] or "").split()))
 
 
+_WORDS = "|".join(re.escape(wording.prompts["vqa"]) for wording in WORDINGS.values())
+_ANSWER = re.compile(rf"\s*(?:{_WORDS})\s*\Z")
+
+
 def pair(result: Result, remover: str = "ours") -> tuple[str, str, str]:
     """Question, candidate and reference as the judge sees them.
 
-    The question is the prompt without its closing "Answer:"; the two texts are those that the other
-    text scores compare (`remover`: see `figures.REMOVERS`).
+    The question is the prompt without its closing "Answer:" ("Antwort:"); the two texts are those
+    that the other text scores compare (`remover`: see `figures.REMOVERS`).
     """
-    question = re.sub(r"\s*Answer:\s*\Z", "", result.sample.prefix).strip()
+    question = _ANSWER.sub("", result.sample.prefix).strip()
     candidate, reference = text_pairs([result], remover)[0]
     return question, candidate, reference
 

@@ -87,11 +87,13 @@ def masks_of_generated(
     close_id: int,
     slots: int,
     size: int,
+    threshold: float = 0.0,
 ) -> Bool[Array, "B K M M"]:
     """What the mask decoder makes of the first K = `slots` `</seg>` of every generated row.
 
-    `generated`: of `generate` with `return_hidden`. A pixel is inside where its probability is
-    above one half; M = `size`. Slots without a `</seg>` are empty.
+    `generated`: of `generate` with `return_hidden`. A pixel is inside where its logit is above
+    `threshold`: 0, a probability of one half, unless the published masks are wanted, which were cut
+    at a logit of 0.5. M = `size`. Slots without a `</seg>` are empty.
     """
     found = generated["tokens"] == close_id
     spare = max(slots - found.shape[1], 0)  # more slots than tokens: the last ones stay empty
@@ -104,6 +106,6 @@ def masks_of_generated(
         prompts,
         method="decode_masks",
     )
-    inside = resize_logits(logits, (size, size)) > 0
+    inside = resize_logits(logits, (size, size)) > threshold
     inside &= (jnp.arange(at.shape[1]) < found.sum(axis=1)[:, None])[:, :, None, None]
     return jnp.pad(inside, ((0, 0), (0, spare), (0, 0), (0, 0)))

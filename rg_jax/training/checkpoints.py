@@ -121,6 +121,9 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"{self.folder} holds no complete checkpoint")
+        if step not in (there := sorted(self.manager.all_steps())):
+            listed = ", ".join(map(str, there)) or "none"
+            raise UserError(f"checkpoint {self.folder}/{step} is not there; there are: {listed}")
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged arrays come as nothing more special
@@ -143,6 +146,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split()) or type(error).__name__
+    if re.search(
+        r"while reading array|DATA_LOSS|OUT_OF_RANGE|corrupt|truncated", text, re.IGNORECASE
+    ):
+        return "a file of it is damaged or cut off; take another step, or remove this one"
     return text if len(text) <= 300 else f"{text[:300]} …"
 
 

@@ -265,3 +265,9 @@ def test_mistakes_of_the_user_are_one_line_and_change_nothing(folder, tmp_path):
     with pytest.raises(UserError, match="metrics.json"):
         judge_folder(folder, fake)
     assert not (folder / "judge.jsonl").exists()
+
+
+def test_the_closing_word_goes_in_either_language():
+    """A judge that sees "Antwort:" would take it for a part of the question."""
+    for word in ("Answer:", "Antwort:"):
+        assert judge._ANSWER.sub("", f"Ist die Leber sichtbar?\n{word}").strip().endswith("?")

@@ -126,7 +126,7 @@ def test_command_ends_with_one_line(capsys):
 
 
 def test_missing_package_is_named():
-    with pytest.raises(UserError, match=r'no_such_package: pip install "rg_jax\[beam\]"'):
+    with pytest.raises(UserError, match=r'no_such_package: pip install -e "\.\[beam\]"'):
         stages.need(("json", "no_such_package"), "beam")
 
 

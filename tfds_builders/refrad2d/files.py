@@ -113,7 +113,7 @@ class Reports:
             import pyarrow.parquet as pq
         except ImportError as error:
             raise UserError(
-                'the parquet needs the package pyarrow: pip install "rg_jax[data]"'
+                'the parquet needs the package pyarrow: pip install -e ".[data]"'
             ) from error
         wanted = ["modality", "body_part", *(STRUCTS[language] for language in languages)]
         try:
@@ -180,7 +180,7 @@ def belongings(path: Path) -> dict[str, str]:
         import zstandard
     except ImportError as error:
         raise UserError(
-            f'slices need the package {error.name}: pip install "rg_jax[data]"'
+            f'slices need the package {error.name}: pip install -e ".[data]"'
         ) from error
     keywords = {"patient": "PatientID", "study": "StudyInstanceUID", "image": "SOPInstanceUID"}
     try:

@@ -79,7 +79,7 @@ def run(work: tuple[Options, Job]) -> Outcome:
     except Found as error:
         return Outcome(None, (*problems, error.problem))
     except UserError as error:
-        if 'pip install "rg_jax[' in str(error):
+        if 'pip install -e ".[' in str(error):
             raise
         return Outcome(None, (*problems, Problem("not a valid record", job.index, str(error))))
     except Exception as error:  # an entry of a form that nobody thought of must not end the build
@@ -188,7 +188,7 @@ def _read(places: Places, job: Job, problems: list[Problem]) -> dicom.Slice:
         read = dicom.read_slice(path, name).as_int16()
     except UserError as error:
         text = str(error)
-        if 'pip install "rg_jax[' in text:
+        if 'pip install -e ".[' in text:
             raise
         kind = "no rescale intercept" if "rescale intercept" in text else "unreadable file"
         raise Found(kind, name, text.removeprefix(f"{name}: ")) from error
