@@ -20,6 +20,7 @@ AnyArray = Array | np.ndarray
 
 # The names by which recompute policies keep results (see `siglip.remat_block`).
 SCORES, MIXED = "scores", "mixed"
+MADE = "made"  # of a weight and its input, with what LoRA adds to it
 # Below every score, finite. Only where a softmax subtracts its largest score first.
 MASKED = -2.3819763e38
 # exp(±60) and sums of thousands of them are ordinary float32 numbers: nothing to subtract.

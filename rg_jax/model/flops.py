@@ -112,12 +112,16 @@ def train_step_flops(
 
     factors = factor_shapes(config)
     for part, prefix, tokens in (("lora_img", "lora/img/", n), ("lora_layers", "lora/llm/", s)):
-        sizes = [math.prod(v) for k, v in factors.items() if k.startswith(prefix)]
-        products = 2 * tokens * sum(sizes)
+        sizes = {k: math.prod(v) for k, v in factors.items() if k.startswith(prefix)}
+        products = 2 * tokens * sum(sizes.values())
         forward += products
         if part in trained:
             backward += 2 * products
-            recomputed += _again(config.remat, products, 0)
+            # Kept is only what they add to: x A is made again, in the layers.
+            inside = (v for k, v in sizes.items() if k.endswith("/a") and "img/head" not in k)
+            first = 2 * tokens * sum(inside)
+            again = first if config.remat == "dots_no_batch" else 0
+            recomputed += again + _again(config.remat, products, 0)
 
     if masks and config.masks is not None:
         once, image_projection, prompt_projection = mask_decoder_flops(config, masks)

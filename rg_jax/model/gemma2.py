@@ -13,10 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from rg_jax.model import lora
-from rg_jax.model.attention import MASKED, attend, heads_first, soft_cap
+from rg_jax.model.attention import MADE, MASKED, attend, heads_first, soft_cap
 from rg_jax.model.config import DecoderConfig, ModelConfig
 from rg_jax.model.siglip import remat_block
 
@@ -92,9 +93,9 @@ class Einsum(nn.Module):
         )
         product = jnp.einsum(equation, x, self.param("w", init, self.shape).astype(x.dtype))
         factors = lora.factors_of(self, "w", x.dtype)
-        if factors is None:
-            return product
-        return product + lora.low_rank(equation, x, factors, self.fan_in, self.batch)
+        if factors is not None:
+            product = product + lora.low_rank(equation, x, factors, self.fan_in, self.batch)
+        return checkpoint_name(product, MADE)
 
 
 class Attention(nn.Module):
@@ -141,10 +142,10 @@ class FeedForward(nn.Module):
 
         def times(left, weight, change, *which):
             out = left @ weight[which] if which else left @ weight
-            if change is None:
-                return out
-            a, b = (factor[which] if which else factor for factor in change)
-            return out + (left @ a) @ b
+            if change is not None:
+                a, b = (factor[which] if which else factor for factor in change)
+                out = out + (left @ a) @ b
+            return checkpoint_name(out, MADE)
 
         # As one long matrix: XLA's CPU backend is twice as fast at the gradients of that.
         rows = x.reshape(-1, d)

@@ -13,10 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from rg_jax.model import lora
-from rg_jax.model.attention import MIXED, SCORES, attend, heads_first
+from rg_jax.model.attention import MADE, MIXED, SCORES, attend, heads_first
 from rg_jax.model.config import ModelConfig, VisionConfig
 from rg_jax.model.lora import factors_of
 
@@ -37,10 +38,9 @@ def remat_block(block: type[nn.Module], remat: str, unrolled: bool) -> type[nn.M
         "dots": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(SCORES)
         ),
-        # And what attention mixed: without it, its second product is done again.
-        "dots_no_batch": policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(MIXED)
-        ),
+        # By name, where JAX has a policy for such products: that would keep the products of
+        # LoRA's factors beside those of the weights they are added to.
+        "dots_no_batch": policies.save_only_these_names(MADE, MIXED),
     }[remat]
     # Inside a loop XLA cannot merge the recomputation with the original, so no barrier is needed.
     return nn.remat(block, prevent_cse=unrolled, policy=policy)
@@ -88,6 +88,7 @@ class Projection(nn.Module):
         factors = factors_of(self, "kernel", x.dtype)
         if factors is not None:
             out = out + times(times(rows, factors[0]), factors[1])
+        out = checkpoint_name(out, MADE)
         out = out + _row(bias, out.ndim, x.dtype)
         return out.reshape(*x.shape[: x.ndim - self.num_in], *self.features)
 

@@ -75,13 +75,15 @@ def test_matches_the_traced_step(small_config, remat, trained):
     assert ours.hardware >= ours.model
 
 
+@pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
 @pytest.mark.parametrize("where", [LORA_PARTS, ("lora_layers",)])
-def test_factors_match_the_traced_step(small_config, where):
+def test_factors_match_the_traced_step(small_config, where, remat):
     """Gradients pass through the weights to the factors, and none is made of a weight."""
     include = ["llm/layers/(attn|mlp)/.*"]
     if "lora_img" in where:
         include += ["img/Transformer/.*/kernel", "img/head/kernel"]
-    config = small_config.replace(valid_vocab=50, lora=LoraConfig(rank=3, include=include))
+    lora = LoraConfig(rank=3, include=include)
+    config = small_config.replace(valid_vocab=50, lora=lora, remat=remat)
     ours = train_step_flops(config, TEXT, TARGET, where)
     assert ours.hardware == pytest.approx(traced_flops(config, where), rel=1e-9)
     everything = train_step_flops(config, TEXT, TARGET, PARTS)
