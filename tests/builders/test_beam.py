@@ -19,7 +19,7 @@ def source(tmp_path):
 
 def test_without_the_package_the_extra_is_named(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"rg_jax\[beam\]"):
+    with pytest.raises(UserError, match=r"-e ..\[beam\]"):
         build(Builder, RefRad2DConfig(beam=True), str(tmp_path / "data"), str(source))
     assert not list(tmp_path.rglob("dataset_info.json"))
 
@@ -33,7 +33,7 @@ def test_a_pipeline_writes_what_a_build_writes(source, tmp_path, capsys):
         places.append(build(Builder, config, str(tmp_path / name), str(source)))
         told.append(capsys.readouterr().out)
     contents = [{path.name: path.read_bytes() for path in place.iterdir()} for place in places]
-    assert contents[0] == contents[1] and len(contents[0]) == 6
+    assert contents[0] == contents[1] and len(contents[0]) == 7
     assert {path.name for path in places[1].parent.iterdir()} == {places[1].name}
     for line in ("left out: missing file: 1", "boxes merged: 2", "mention without mask: 2"):
         assert line in told[0] and line in told[1], told[1]
