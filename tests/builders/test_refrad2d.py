@@ -413,5 +413,5 @@ def test_without_its_packages_the_extra_is_named(source, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             patch.setitem(sys.modules, f"{package}.parquet", None)
-            with pytest.raises(UserError, match=rf"{package}.*rg_jax\[data\]"):
+            with pytest.raises(UserError, match=rf"{package}.*-e ..\[data\]"):
                 make(source, skip_bad=True)

@@ -104,7 +104,7 @@ def test_masks_that_exist_are_taken_as_they_are(archive, stand_in):
 
 def test_existing_masks_need_no_totalsegmentator(archive, monkeypatch):
     monkeypatch.setitem(sys.modules, "totalsegmentator", None)
-    with pytest.raises(UserError, match=r"rg_jax\[segment\]"):
+    with pytest.raises(UserError, match=r"-e ..\[segment\]"):
         segment(archive, "ct")
     small_archive.write_archive_masks(archive)
     assert dict(segment(archive, "ct").kept) == {"masks that were there": 2}
