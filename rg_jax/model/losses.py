@@ -37,11 +37,10 @@ def blockwise_token_losses(
     rows costs infinity. The table gets a gradient only where one is asked for. `last_rows` stand in
     for the last K valid rows, so that these can learn while the table is frozen.
 
-    Tokens that are not `counted` (prompts, padding) cost infinity or whatever, get no gradient, and
-    for the most part no logits are made for them: the counted ones are put side by side, and what
-    is computed is the smallest of `SHARES` shares of all tokens that holds them. On several devices
-    each puts its own side by side: the tokens are `groups` equal parts, of which every device has
-    as many.
+    What tokens that are not `counted` (prompts, padding) cost means nothing; they get no gradient,
+    and hardly any logits are made for them: the counted ones are put side by side, and the smallest
+    of `SHARES` shares of all tokens that holds them is computed. On several devices each puts its
+    own side by side: the tokens are `groups` equal parts, of which every device has as many.
     Raises ValueError for a block size below 1, more valid rows than the table has, no valid row
     before the last ones, or groups that do not divide the tokens.
     """

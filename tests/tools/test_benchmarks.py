@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,8 +14,11 @@ from tools import (
     bench_data,
     bench_generate,
     bench_peer,
+    bench_profile,
     bench_setup,
+    bench_suite,
     bench_train,
+    gpu_target,
     measure_memory,
     torch_peer,
 )
@@ -115,3 +119,58 @@ def test_smallest_device():
     assert measure_memory.smallest_device(20 * gib).startswith("24 GB")
     assert measure_memory.smallest_device(70 * gib).startswith("80 GB")
     assert measure_memory.smallest_device(500 * gib) == "none alone"
+
+
+def test_kinds_of_kernels():
+    """Names as GPUs' libraries and XLA's emitters give them; a graph's own name says nothing."""
+    named = {
+        "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN": "matrix products",
+        "gemm_fusion_dot_36": "matrix products",
+        "loop_add_multiply_fusion": "elementwise",
+        "input_reduce_fusion_1": "reductions",
+        "memcpy128": "copies",
+        "wrapped_transpose_2": "copies",
+        "ncclDevKernel_AllGather": "between devices",
+    }
+    for name, kind in named.items():
+        assert bench_profile.kind_of(name, "command_buffer_186") == kind, name
+
+
+def test_a_profile_of_a_step():
+    product = jax.jit(lambda x: (x @ x).sum())
+    x = jax.numpy.ones((64, 64))
+    product(x).block_until_ready()
+    found = bench_profile.profile(lambda: product(x).block_until_ready())
+    assert found["busy"] > 0 and found["busy"] == pytest.approx(sum(found["kinds"].values()))
+    lines = bench_profile.table(found, 1)
+    assert lines[0].startswith("profile:") and len(lines) == 2 + len(found["kinds"])
+
+
+def test_the_suite_runs_what_is_named_and_tells_what_failed(tmp_path, monkeypatch, capsys):
+    entries = {"fine": "bench_train --no_parts --steps=1", "broken": "bench_train --batch=x"}
+    monkeypatch.setattr(bench_suite, "SUITE", entries)
+    failed = bench_suite.run_all(tmp_path, ["fine", "broken"], 300.0, "tiny")
+    assert failed == ["broken"] and "samples/s" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fine.json").read_text())["ours"]["samples_per_s"] > 0
+    assert (tmp_path / "fine.hlo").exists() and "--batch" in (tmp_path / "broken.log").read_text()
+    with pytest.raises(SystemExit):
+        bench_suite.main(["--out", str(tmp_path), "--only=nothing"])
+    assert "known are fine, broken" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_known():
+    with pytest.raises(UserError, match="known are h100, h200"):
+        gpu_target.mesh_of("h300")
+
+
+def test_factors_alone_can_be_measured():
+    options = measure_options("--model=tiny", "--lora=4")
+    case = bench_setup.make_case(options)
+    assert all(name.startswith("lora/") for name in case.shapes.trainable)
+    assert case.facts()["lora"] == 4 and case.facts()["encoder"] == "frozen"
+
+
+def measure_options(*flags):
+    parser = bench_setup.Parser("test", "")
+    bench_setup.add_flags(parser)
+    return parser.parse_args(list(flags))
