@@ -120,7 +120,9 @@ def build(cls, config, data_dir: str, source: str | None = None, overwrite: bool
     place = Path(builder.data_dir)
     if place.exists() and not overwrite:
         built_with = (builder.info.metadata or {}).get("parameters")
-        if built_with != config.values():
+        # What a set of before does not speak of was as it is by default.
+        usual = type(config)().values()
+        if {**usual, **(built_with or {})} != config.values():
             raise UserError(
                 f"{place} was built with other parameters ({built_with});"
                 " give this one a --config_name, or rebuild with --overwrite"

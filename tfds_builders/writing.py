@@ -1,18 +1,20 @@
-"""How TFDS writes, mended in two places.
+"""How TFDS writes, mended in three places.
 
 A data set beyond one gigabyte is shuffled through files, which TFDS opens with TensorFlow: here
 Python opens them, in pieces, so that a thousand of them need not be open at once. And an example's
 fields come in no particular order, other in every run: here sorted, so that two builds of the same
-source are equal byte by byte.
+source are equal byte by byte. And files are compressed only if that is wanted.
 """
 
 import contextlib
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorflow_datasets.core import example_serializer, shuffle
+from array_record.python import array_record_module
+from tensorflow_datasets.core import example_serializer, file_adapters, shuffle
 
 _HEAD = struct.Struct("=16sQ")
 _PIECE = 1 << 16
@@ -70,12 +72,25 @@ class Serializer(example_serializer.ExampleSerializer):
         return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
+def _write_plain(path: Any, iterator: Any) -> None:
+    """Examples (key, bytes) into an array_record file, as they are."""
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+    for _, example in iterator:
+        writer.write(example)
+    writer.close()
+
+
 @contextlib.contextmanager
-def mended() -> Iterator[None]:
-    """Within it, TFDS writes with `Bucket` and `Serializer`."""
+def mended(compress: bool = True) -> Iterator[None]:
+    """Within it, TFDS writes with `Bucket` and `Serializer`, and as plain bytes on request."""
     kept = shuffle._Bucket, example_serializer.ExampleSerializer
+    adapter = file_adapters.ArrayRecordFileAdapter
+    usual = adapter.__dict__["write_examples"]
     shuffle._Bucket, example_serializer.ExampleSerializer = Bucket, Serializer
+    if not compress:
+        adapter.write_examples = staticmethod(_write_plain)
     try:
         yield
     finally:
+        adapter.write_examples = usual
         shuffle._Bucket, example_serializer.ExampleSerializer = kept
