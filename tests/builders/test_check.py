@@ -311,6 +311,24 @@ def test_only_the_first_of_a_kind_are_kept_but_all_are_written(tmp_path):
     assert "... and 1 more" in "\n".join(report.lines())
 
 
+def test_the_same_problem_is_listed_once_with_its_count(tmp_path):
+    bad = common.Problem("missing file", "a/mask.npy", "no such file")
+
+    def change(split, index, item):
+        return bad if split == "train" or (split, index) == ("val", 0) else item
+
+    report, problems = checked(tmp_path, change)
+    assert len(problems) - 1 == 4  # but for the split that is left empty
+    text = "\n".join(report.lines())
+    assert text.count("a/mask.npy") == 1 and "a/mask.npy: no such file (4 times)" in text
+    assert "missing file: 4" in text and " more" not in text
+    html = (tmp_path / "out" / page.NAME).read_text()
+    assert html.count("a/mask.npy") == 1 and "no such file (4 times)" in html
+    figures = json.loads((tmp_path / "out" / page.FIGURES).read_text())
+    row = next(row for row in figures["problems"] if row["kind"] == "missing file")
+    assert row["count"] == 4 and [first["times"] for first in row["first"]] == [4]
+
+
 def test_figures(tmp_path):
     report, _ = checked(tmp_path, lambda split, index, item: item)
     figures = json.loads((tmp_path / "out" / page.FIGURES).read_text())

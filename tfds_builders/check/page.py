@@ -129,11 +129,11 @@ def _problems(report: Report) -> str:
         for kind, count, first in kinds:
             shown = "".join(
                 f'<div class="small"><code>{html.escape(p.file)}</code> {html.escape(p.detail)}'
-                "</div>"
+                f"{report.repeated(p)}</div>"
                 for p in first
             )
-            if count > len(first):
-                shown += f'<div class="small soft">… and {count - len(first):,} more</div>'
+            if more := report.more(kind, harmful):
+                shown += f'<div class="small soft">… and {more:,} more</div>'
             rows.append(
                 f'<tr><td class="top">{html.escape(kind)}</td><td class="top main">{count:,}</td>'
                 f'<td class="wide">{shown}</td></tr>'

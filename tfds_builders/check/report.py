@@ -25,7 +25,8 @@ class Report:
         self.name, self.limit = name, limit
         self.tokenizer = tokenizer
         self.counts: collections.Counter[tuple[str, bool]] = collections.Counter()
-        self.first: dict[tuple[str, bool], list[Problem]] = {}
+        # The first different ones of each kind, and how often each was told.
+        self.first: dict[tuple[str, bool], dict[Problem, int]] = {}
         self.statistics = Statistics(tokenizer)
         self.sheet = Sheet(pictures)
         self.builder_counts: dict[str, int] = {}
@@ -36,9 +37,9 @@ class Report:
     def add(self, problem: Problem) -> None:
         key = problem.kind, problem.harmful
         self.counts[key] += 1
-        first = self.first.setdefault(key, [])
-        if len(first) < SHOWN:
-            first.append(problem)
+        first = self.first.setdefault(key, {})
+        if problem in first or len(first) < SHOWN:
+            first[problem] = first.get(problem, 0) + 1
 
     def see(self, item: Any, split: str, valid: bool, harmful: bool) -> None:
         """A record of a split. Only a `valid` one, which can be built, has figures."""
@@ -59,11 +60,24 @@ class Report:
     def kinds(self, harmful: bool) -> list[tuple[str, int, list[Problem]]]:
         """(kind, count, first problems), the most frequent first."""
         rows = [
-            (kind, count, self.first[kind, bad])
+            (kind, count, list(self.first[kind, bad]))
             for (kind, bad), count in self.counts.items()
             if bad == harmful
         ]
         return sorted(rows, key=lambda row: (-row[1], row[0]))
+
+    def times(self, problem: Problem) -> int:
+        """How often one of the first problems was told: a file may serve several records."""
+        return self.first[problem.kind, problem.harmful][problem]
+
+    def repeated(self, problem: Problem) -> str:
+        """ " (3 times)", empty for once."""
+        times = self.times(problem)
+        return f" ({times:,} times)" if times > 1 else ""
+
+    def more(self, kind: str, harmful: bool) -> int:
+        """How many problems of a kind are none of the first."""
+        return self.counts[kind, harmful] - sum(self.first[kind, harmful].values())
 
     def remarks(self) -> list[str]:
         """What needs a sentence, from the builder and from the figures."""
@@ -96,9 +110,9 @@ class Report:
                 lines.append(title)
             for kind, count, first in kinds:
                 lines.append(f"  {kind}: {count:,}")
-                lines += [f"    {problem}" for problem in first]
-                if count > len(first):
-                    lines.append(f"    ... and {count - len(first):,} more")
+                lines += [f"    {problem}{self.repeated(problem)}" for problem in first]
+                if more := self.more(kind, harmful):
+                    lines.append(f"    ... and {more:,} more")
         lines += [f"note: {remark}" for remark in self.remarks()]
         return lines
 
@@ -116,7 +130,9 @@ class Report:
                     "kind": kind,
                     "harmful": harmful,
                     "count": count,
-                    "first": [{"file": p.file, "detail": p.detail} for p in first],
+                    "first": [
+                        {"file": p.file, "detail": p.detail, "times": self.times(p)} for p in first
+                    ],
                 }
                 for harmful in (True, False)
                 for kind, count, first in self.kinds(harmful)
