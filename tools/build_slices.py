@@ -19,12 +19,14 @@ folder without them is no data set yet.
 
 import argparse
 import dataclasses
+import hashlib
 import io
+import json
 import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ from tools.stages import (
     write_bytes,
     write_folder_aside,
     write_json,
+    write_json_items,
 )
 
 KINDS = {"ct": "CT", "mr": "MR"}
@@ -167,7 +170,7 @@ class Build:
         kept = self._collect(work)
         if not any(kept.values()):
             return self.summaries
-        final = self._final(kept)
+        final = self._final()
         key = "the JSON files"
         if self._recorded(key) != final or not self.places.splits.is_dir():
             self._unfinish()
@@ -359,8 +362,13 @@ class Build:
     # The JSON files
 
     def _collect(self, work: list[tuple[str, Scan, str]]) -> dict[str, dict[str, Any]]:
-        """kind → {id: result} of the slices that are kept; counts them all."""
+        """kind → {id: {"patient"}} of the slices that are kept; counts them all.
+
+        The rest of their results stays in the journal: an archive may have a million.
+        """
         kept: dict[str, dict[str, Any]] = {kind: {} for kind in self.kinds}
+        same: dict[str, dict[str, str]] = {}
+        digest = hashlib.sha256()
         for (kind, _, id_), summary in (
             (item, self.summaries[self.kinds.index(item[0])]) for item in work
         ):
@@ -371,23 +379,32 @@ class Build:
             summary.keep("with a mentioned structure on it")
             for note in result["notes"]:
                 summary.note(note, id_)
-            kept[kind][id_] = result
+            patient = result["patient"]
+            kept[kind][id_] = same.setdefault(patient, {"patient": patient})
+            digest.update(json.dumps([kind, id_, result], sort_keys=True).encode())
+        self.digest = digest.hexdigest()
         return kept
 
-    def _final(self, kept: dict[str, dict[str, Any]]) -> str:
+    def _final(self) -> str:
         splits = (
             sorted(self.split_input.rglob("snippet2rsopids_*.json")) if self.split_input else []
         )
         stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (*splits, self.parquet)]
-        chosen = (self.options.seed, self.shares, self.options.sampled, self.options.sampled_dir)
-        return fingerprint(kept, stamps, chosen)
+        chosen = (
+            self.options.languages,
+            self.options.seed,
+            self.shares,
+            self.options.sampled,
+            self.options.sampled_dir,
+        )
+        return fingerprint(self.digest, stamps, chosen)
 
     def _write_final(self, kept: dict[str, dict[str, Any]]) -> None:
         copy_file(self.parquet, self.places.parquet)
         chosen = Path(self.options.sampled_dir) if self.options.sampled_dir else None
         for kind, summary in zip(self.kinds, self.summaries, strict=True):
-            entries = {id_: result["entry"] for id_, result in kept[kind].items()}
-            write_json(self.places.index(kind), entries)
+            entries = _Entries(self.journal, kept[kind])
+            write_json_items(self.places.index(kind), entries.items())
             sampled = sampled_slices(
                 self.places, kind, KINDS[kind], entries, self.options.sampled, chosen, summary
             )
@@ -412,6 +429,27 @@ class Build:
                 texts = ((row.get(name) or {}).get("CleanedSentence") for name in STRUCTS.values())
                 captions[id_] = next(text for text in texts if text and text.strip())
         return captions
+
+
+class _Entries(Mapping[str, dict[str, Any]]):
+    """The index entries of kept slices, read from the journal one by one."""
+
+    def __init__(self, journal: Journal, ids: Mapping[str, Any]):
+        self._journal, self._ids = journal, ids
+
+    def __getitem__(self, id_: str) -> dict[str, Any]:
+        if id_ not in self._ids:
+            raise KeyError(id_)
+        return self._journal[id_]["entry"]
+
+    def __contains__(self, id_: object) -> bool:
+        return id_ in self._ids
+
+    def __iter__(self):
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 @dataclasses.dataclass(frozen=True)

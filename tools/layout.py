@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def sampled_slices(
     places: Places,
     kind: str,
     modality: str,
-    entries: dict[str, dict[str, Any]],
+    entries: Mapping[str, dict[str, Any]],
     per_scan: int,
     chosen: Path | None,
     summary: Summary,

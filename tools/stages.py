@@ -90,6 +90,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
+def write_json_items(path: str | os.PathLike, items: Iterable[tuple[str, Any]]) -> None:
+    """`write_json` of the dict of these items, of which one at a time is held in memory."""
+    with write_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        mark = "{"
+        for key, value in items:
+            text = json.dumps({key: value}, ensure_ascii=False, indent=1)
+            file.write(mark + text[1:-2])
+            mark = ","
+        file.write("{}\n" if mark == "{" else "\n}\n")
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file. UserError naming the file if it is missing or damaged."""
     try:
@@ -246,55 +257,60 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike, settings: Any):
         self.path = Path(path)
-        self.results: dict[str, Any] = {}
+        # Where the line of each key begins: results stay on the disk, so that a long run takes
+        # little memory.
+        self._starts: dict[str, int] = {}
         self.discarded = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
         _lock(self._file, self.path)
         header = {"settings": fingerprint(settings)}
-        lines, whole = self._read()
-        if lines and lines[0] == header:
-            self.results = {line["key"]: line["value"] for line in lines[1:]}
+        lines = self._lines()
+        _, first, whole = next(lines, (0, None, 0))
+        if first == header:
+            for start, line, whole in lines:  # noqa: B007 (its last value is used)
+                self._starts[line["key"]] = start
             # What follows the last whole line would glue itself to the next result.
             if whole < self._file.seek(0, os.SEEK_END):
                 self._file.truncate(whole)
         else:
-            self.discarded = max(len(lines) - 1, 0)
+            self.discarded = sum(1 for _ in lines)
             self._file.truncate(0)
             self._write(header)
 
-    def _read(self) -> tuple[list[Any], int]:
-        """The whole lines and the number of bytes they take."""
-        lines: list[Any] = []
-        whole = 0
+    def _lines(self) -> Iterator[tuple[int, Any, int]]:
+        """(start, content, end) of the whole lines."""
+        end = 0
         self._file.seek(0)
         for line in self._file:
+            start, end = end, end + len(line)
             try:
                 if not line.endswith(b"\n"):
-                    break
-                lines.append(json.loads(line))
+                    return
+                content = json.loads(line)
             except ValueError:
-                break
-            whole += len(line)
-        return lines, whole
+                return
+            yield start, content, end
 
     def _write(self, line: Any) -> None:
         self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         self._file.flush()
 
     def __contains__(self, key: str) -> bool:
-        return key in self.results
+        return key in self._starts
 
     def __getitem__(self, key: str) -> Any:
-        return self.results[key]
+        self._file.seek(self._starts[key])
+        return json.loads(self._file.readline())["value"]
 
     def __len__(self) -> int:
-        return len(self.results)
+        return len(self._starts)
 
     def add(self, key: str, value: Any) -> None:
         """Keep the result of an item; it survives the process from here on."""
+        start = self._file.seek(0, os.SEEK_END)
         self._write({"key": key, "value": value})
-        self.results[key] = value
+        self._starts[key] = start
 
     def close(self, remove: bool = False) -> None:
         """End writing; `remove` once the final file stands."""

@@ -78,6 +78,24 @@ def test_journal_of_other_settings_is_not_mixed(tmp_path):
     assert not (tmp_path / "j").exists()
 
 
+def test_results_of_a_journal_stay_on_the_disk(tmp_path):
+    journal = Journal(tmp_path / "j", 1)
+    for number in range(100):
+        journal.add(str(number), [number] * 1000)
+    assert journal["17"][0] == 17 and journal["99"][-1] == 99
+    journal.add("100", "after reading")
+    assert len(journal) == 101 and journal["100"] == "after reading"
+    held = [value for value in vars(journal).values() if isinstance(value, dict)]
+    assert [type(start) for found in held for start in found.values()] == [int] * 101
+
+
+@pytest.mark.parametrize("value", [{}, {"ä": [1, {"b": None}]}, {"a": "x\ny", "b": {}, "c": []}])
+def test_json_by_items_is_the_same_json(tmp_path, value):
+    stages.write_json(tmp_path / "whole.json", value)
+    stages.write_json_items(tmp_path / "items.json", iter(value.items()))
+    assert (tmp_path / "items.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
 def test_summary_counts_and_names_places():
     summary = Summary("scans", examples=2)
     summary.keep("segmented", 2)
