@@ -118,7 +118,7 @@ def estimate(
         parts["weights in the compute dtype"] = tree_bytes(changed) // devices
     parts["gradients"] = tree_bytes(cast) // devices
     if accumulation > 1:
-        parts["sums of gradients (float32)"] = tree_bytes(shapes.trainable) // devices
+        parts["gradients added up (float32)"] = tree_bytes(shapes.trainable) // devices
     # Gradients reach the decoder wherever anything before or in it is trained.
     decoder_trained = any(not n.startswith("masks/") for n in shapes.trainable)
     parts |= activation_bytes(
