@@ -62,11 +62,6 @@ def may_be_pseudonym(value: str) -> bool:
     return any(map(str.isdigit, value)) or _PLACEHOLDER.fullmatch(value) is not None
 
 
-def private_elements(dataset: Any) -> int:
-    """How many private elements a pydicom data set holds: nobody can tell what is in them."""
-    return sum(tag.is_private for tag in dataset.keys())  # noqa: SIM118 (a data set is no dict)
-
-
 def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
     """(keyword, value) of the elements in question that hold something."""
     from pydicom.datadict import dictionary_keyword, dictionary_VR
