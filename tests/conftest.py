@@ -1,7 +1,10 @@
 """Shared by all tests: eight fake devices, shapes checked, golden folders, no network."""
 
+import atexit
 import os
 import runpy
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before JAX starts: sharding is tested on fake devices, without any accelerator.
@@ -10,6 +13,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Fake devices share two cores: programs that run at once could wait for each other for ever.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ.setdefault("TFDS_DATA_DIR", "/nonexistent")
+# Nothing of the user's own is read or written: the key of patients' groups would lie there.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="rg_jax_tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from rg_jax.data.record import Record
 from rg_jax.errors import UserError
-from tfds_builders import common, parallel
+from tfds_builders import common, parallel, pseudonyms
 from tfds_builders.common import Problem
 from tfds_builders.packed import Packed
 from tfds_builders.refrad2d import files, slices
@@ -58,8 +58,14 @@ class RefRad2DConfig(common.RecordConfig):
     skip_bad: bool = common.parameter(
         False, "leave out slices that cannot be used instead of stopping"
     )
-    number_groups: bool = common.parameter(
-        True, "keep a running number instead of the PatientID as the group of a record"
+    hash_groups: bool = common.parameter(
+        True, "keep a keyed hash instead of the PatientID as the group of a record"
+    )
+    group_key: str = common.parameter(
+        "",
+        "the file with the key of these hashes, made if it is not there: the same key gives the"
+        " same groups; keep it away from the records (default: ~/.config/rg_jax/group_key)",
+        role="stored",
     )
     split_dir: str = common.parameter(
         "split_v18/generated", "the folder with filtered_{ct,mr}_splits/", role="stored"
@@ -128,6 +134,7 @@ class Builder(common.RecordBuilder):
         self._index: dict[str, dict[str, Any]] = {}
         self._sampled: dict[str, tuple[str, dict[str, Any]]] = {}
         self._modality: dict[str, str] = {}
+        self._key = self._group_key() if config.hash_groups else b""
         self._pool = parallel.Pool(config.workers)
         try:
             members = self._members()
@@ -177,6 +184,19 @@ class Builder(common.RecordBuilder):
             source, found["dicom_dir"], found["parquet"], found["segment_dir"], found["split_dir"]
         )
 
+    def _group_key(self) -> bytes:
+        if self.problems is not None:  # a data check compares groups and keeps none
+            return pseudonyms.temporary_key()
+        given = self.builder_config.group_key
+        path = Path(given).expanduser() if given else pseudonyms.default_path()
+        key, made = pseudonyms.site_key(path)
+        if made:
+            self.notes.append(
+                f"made a key for the groups of patients, {path}: keep it for later builds, and"
+                " away from the records"
+            )
+        return key
+
     def _members(self) -> list[Member]:
         """What the split files list, then the sampled slices, with what each belongs to."""
         places, listed = self._places, []
@@ -208,7 +228,6 @@ class Builder(common.RecordBuilder):
         ids = list(dict.fromkeys(slice_id for _, slice_id, _, _ in (*listed, *sampled)))
         belongings = self._belongings(ids)
         self._group: dict[str, str] = {}
-        self._numbers: dict[str, str] = {}
         members = [self._member(row, belongings) for row in listed]
         return members + self._place_sampled(sampled, members, belongings)
 
@@ -285,10 +304,8 @@ class Builder(common.RecordBuilder):
         if scan:
             keys["scan"] = scan
         group = keys.get("patient") or keys.get("scan") or keys.get("study") or record_id
-        if self.builder_config.number_groups:
-            # In the order of the files, the same in every build of them. A hash of the PatientID
-            # would tell it to whoever tries all numbers of a hospital.
-            group = self._numbers.setdefault(group, f"group-{len(self._numbers) + 1:06d}")
+        if self.builder_config.hash_groups:
+            group = pseudonyms.pseudonym(self._key, group)
         self._group[record_id] = group
         if slice_id:
             keys["slice"] = slice_id
