@@ -183,7 +183,7 @@ def identity(run: run_lib.Run, evaluated: EvalSet, parameters: str) -> dict[str,
     files = sorted(evaluated.source.directory.glob("*"))
     return {
         "parameters": parameters,
-        "model": config.model.to_dict() | {"remat": "", "unroll": 1},
+        "model": config.model.to_dict() | {"remat": ""},
         "masks": config.masks.to_dict(),
         "grounding": run.fmt.to_json(),
         "tokenizer": hashlib.sha256(run.tokenizer.model_bytes).hexdigest(),

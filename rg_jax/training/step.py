@@ -178,7 +178,9 @@ def make_update(
             (loss, aux), grads = grad_fn(weights, frozen, batch)
             # Where there is no loop over the layers, the optimizer would read each stack of
             # gradients as an array per layer, in every one of its passes.
-            return loss, aux, jax.lax.optimization_barrier(grads)
+            grads = jax.lax.optimization_barrier(grads)
+            # What a product hands back is computed with in the masters' float32, as sums are.
+            return loss, aux, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trainable)
 
         def add(carry, micro):
             (loss, aux), grads = grad_fn(weights, frozen, micro)

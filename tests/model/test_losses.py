@@ -157,7 +157,14 @@ def test_only_counted_tokens_are_computed(block, share, groups):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    assert (np.asarray(grads[0])[~np.asarray(counted)] == 0).all()
+    # Nor does anybody get one through what an uncounted token is said to cost.
+    unmasked = jax.grad(
+        lambda h: blockwise_token_losses(
+            h, table, targets, block_size=block, counted=counted, groups=groups
+        ).sum()
+    )(hidden)
+    for grad in (grads[0], unmasked):
+        assert (np.asarray(grad)[~np.asarray(counted)] == 0).all()
 
 
 def test_logits_are_made_for_the_share_that_counts():

@@ -1,6 +1,8 @@
 """Master weights are cast to the compute dtype once per step, not in every micro-batch."""
 
 import argparse
+import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,24 @@ def test_layers_are_cast_before_the_micro_batches():
     for looped, shape in found:
         assert not (looped and shape[-3:] == gating), "a weight is cast in every micro-batch"
         assert not (looped and shape[-2:] == linear), "a weight is cast in every micro-batch"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_optimizer_computes_in_float32(accumulation):
+    """Norms, squares and factors: not in the bfloat16 in which a product hands its gradient back."""
+    case = bench_setup.make_case(options(compute_dtype="bfloat16", accumulation=accumulation))
+    seen = {}
+
+    def spy(grads, opt_state, params, step):
+        seen.update({name: grad.dtype for name, grad in grads.items()})
+        return case.optimizer.update(grads, opt_state, params, step)
+
+    # A stand-in with the one method that is looked at; all else is the optimizer's own.
+    optimizer = SimpleNamespace(update=spy, learning_rate=case.optimizer.learning_rate)
+    spied = dataclasses.replace(case, optimizer=optimizer)
+    jax.eval_shape(bench_setup.make_step(spied), *bench_setup.step_shapes(case))
+    assert seen.keys() == case.shapes.trainable.keys()
+    assert set(seen.values()) == {jnp.dtype(jnp.float32)}
 
 
 def test_the_estimate_counts_the_copy():
