@@ -17,7 +17,8 @@ from etils import epath
 
 from rg_jax.data import record
 from rg_jax.errors import UserError
-from tfds_builders import beam, letters, packed, writing
+from tfds_builders import beam, packed, writing
+from tfds_builders.doubts import doubts
 from tfds_builders.problems import Found, Problem
 from tfds_builders.splits import Member, SameImages, describe, find_leaks, move_to_train
 
@@ -249,7 +250,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self, split: str, records: Iterable[record.Record | packed.Packed], seen: set[str]
     ) -> Iterator[tuple[str, Any]]:
         for item in records:
-            if not isinstance(item, packed.Packed) and not self._legible(item):
+            if not isinstance(item, packed.Packed) and not self._fit(item):
                 continue
             ready = item if isinstance(item, packed.Packed) else packed.pack(item)
             name, example = ready.id, ready.example
@@ -263,19 +264,16 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 f"{self.name}: no record is left of split {split} (left out: {self._left_out()})"
             )
 
-    def _legible(self, item: record.Record) -> bool:
-        """Whether no text that a model learns to write is damaged; damage is told in any text.
+    def _fit(self, item: record.Record) -> bool:
+        """Whether nothing about a record would harm training; whatever is doubtful is told.
 
         Builders of packed records look themselves, before they pack.
         """
-        legible = True
-        for where, text in letters.texts_of(item):
-            if damage := letters.broken_letters(text):
-                harmful = letters.is_learnt(where)
-                detail = f"{where}: {damage}"
-                self.report(Problem("encoding damage", self.place_of(item), detail, harmful))
-                legible = legible and not harmful
-        return legible
+        fit = True
+        for kind, detail, harmful in doubts(item):
+            self.report(Problem(kind, self.place_of(item), detail, harmful))
+            fit = fit and not harmful
+        return fit
 
     def _left_out(self) -> str:
         left = ((what, n) for what, n in self.counts.items() if what.startswith("left out"))

@@ -123,21 +123,20 @@ def boxes_of_mask(
     """Class map → {class id: union box in pixels, max exclusive}, ids rising, background left out.
 
     The box of a class spans all its pixels, which is the union of the boxes of its parts.
-    Ids are taken at full width: a map holding 261 yields class 261, never 5.
+    Ids are taken at full width: a map holding 261 yields class 261, never 5. Ids below 0 are left
+    out too.
     """
     segmentation = np.asarray(segmentation)
     if segmentation.ndim != 2:
         raise ValueError(f"a class map has two axes, not shape {segmentation.shape}")
-    boxes = {}
-    for class_id in np.unique(segmentation):
-        if class_id == 0:
-            continue
-        mask = segmentation == class_id
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        boxes[int(class_id)] = (
-            int(columns[0]),
-            int(rows[0]),
-            int(columns[-1]) + 1,
-            int(rows[-1]) + 1,
-        )
-    return boxes
+    from scipy import ndimage  # comes with JAX; slow to import
+
+    if segmentation.dtype == bool:
+        segmentation = segmentation.astype(np.uint8)
+    # One pass over the map, however many classes it holds.
+    return {
+        class_id: (x.start, y.start, x.stop, y.stop)
+        for class_id, found in enumerate(ndimage.find_objects(segmentation), 1)
+        if found is not None
+        for y, x in [found]
+    }

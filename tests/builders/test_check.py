@@ -16,8 +16,9 @@ from tfds_builders import __main__ as command
 from tfds_builders import common
 from tfds_builders.check import page
 from tfds_builders.check.command import check
-from tfds_builders.check.records import examine, personal
+from tfds_builders.check.records import examine
 from tfds_builders.check.statistics import spread
+from tfds_builders.doubts import personal
 from tfds_builders.letters import broken_letters
 from tfds_builders.phantom.phantom_dataset_builder import PhantomConfig, make_record
 

@@ -55,7 +55,7 @@ def test_layers_are_cast_before_the_micro_batches():
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_optimizer_computes_in_float32(accumulation):
-    """Norms, squares and factors: not in the bfloat16 in which a product hands its gradient back."""
+    """Norms and squares too, not in the bfloat16 in which a product hands its gradient back."""
     case = bench_setup.make_case(options(compute_dtype="bfloat16", accumulation=accumulation))
     seen = {}
 

@@ -1,12 +1,10 @@
-"""What can be wrong with records: faults that harm training, and things worth a look.
+"""What can be wrong with records: why they are refused, and what stands in two places.
 
 `record.encode` decides what a record may be; what it refuses is told apart here by kind. What it
-lets through is looked at again for damage that no program stumbles over: broken letters, boxes
-that do not fit their mask, pixel values that are no HU. No detail quotes a text: a data check's
-output may travel further than the data.
+lets through is looked at again by `doubts`. No detail quotes a text: a data check's output may
+travel further than the data.
 """
 
-import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -18,20 +16,10 @@ from rg_jax.data import record
 from rg_jax.data.record import Record
 from rg_jax.errors import UserError
 from rg_jax.grounding.anatomy import NUM_CLASSES
-from rg_jax.grounding.boxes import boxes_of_mask, iou
-from rg_jax.grounding.spans import has_marks
-from tfds_builders.common import Problem
-from tfds_builders.letters import broken_letters, is_learnt, texts_of
+from tfds_builders.doubts import Finding, doubts, guarded
+from tfds_builders.problems import Problem
 
-# Pixels finer or coarser than this (mm) are no CT, MR or X-ray but a mistake of units.
-SPACING_MM = (0.02, 20.0)
-# A box and its mask that overlap less than this do not show the same thing.
-LEAST_OVERLAP = 0.5
-# Less than this is no matter of edges: such a box teaches a wrong place.
-NO_OVERLAP = 0.1
 LEAK = "leakage between splits"
-
-Finding = tuple[str, str, bool]  # kind, detail, harmful
 
 
 def examine(item: Record, file: str) -> tuple[list[Problem], bool]:
@@ -46,10 +34,10 @@ def examine(item: Record, file: str) -> tuple[list[Problem], bool]:
         refused = str(error)
     except Exception as error:  # a check goes on to the end, whatever it meets
         refused = f"cannot be encoded ({type(error).__name__}: {error})"
-    found = list(_guarded(item, _FAULTS)) if refused else []
+    found = list(guarded(item, _FAULTS)) if refused else []
     if refused and not any(harmful for _, _, harmful in found):
         found.append(("not a valid record", refused, True))
-    found += _guarded(item, _DOUBTS)
+    found += doubts(item)
     problems = [Problem(kind, file, detail, harmful) for kind, detail, harmful in found]
     return problems, not refused
 
@@ -70,7 +58,7 @@ class Seen:
 
         Group keys (patients) are never written down.
         """
-        found = _guarded(item, [lambda item: self._look(item, split)])
+        found = guarded(item, [lambda item: self._look(item, split)])
         return [
             Problem(kind, file, detail, harmful)
             for kind, detail, harmful, others in found
@@ -125,15 +113,6 @@ def _digest(*parts: bytes) -> bytes:
     for part in parts:
         digest.update(part)
     return digest.digest()
-
-
-def _guarded(item: Record, looks) -> Iterator[Finding]:
-    """Each look on its own: a record that is not even of the right form breaks some of them."""
-    for look in looks:
-        try:
-            yield from look(item)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            continue
 
 
 # --- faults: why `encode` refuses --------------------------------------------------------------
@@ -201,140 +180,3 @@ def _empty_questions(item: Record) -> Iterator[Finding]:
 
 
 _FAULTS = (_mask_shape, _mask_classes, _entities, _negative_spacing, _empty_questions)
-
-
-# --- doubts: a valid record that may be wrong all the same -------------------------------------
-
-
-def _spacing(item: Record) -> Iterator[Finding]:
-    spacing = tuple(float(mm) for mm in item["spacing_mm"])
-    low, high = SPACING_MM
-    if spacing == (0, 0):
-        if item["image"].shape[2] == 1:  # an ordinary picture seldom knows its pixels' size
-            yield "bad spacing", "spacing_mm is (0, 0): unknown", False
-    elif min(spacing) >= 0 and not all(low <= mm <= high for mm in spacing):
-        yield (
-            "bad spacing",
-            f"spacing_mm is {spacing}; {low:g} to {high:g} mm would be credible",
-            False,
-        )
-
-
-def _pixels(item: Record) -> Iterator[Finding]:
-    image = item["image"]
-    low, high = int(image.min()), int(image.max())
-    if low == high:
-        yield "blank image", f"every pixel is {low}: nothing on it can be told or found", True
-        return
-    if image.shape[2] == 1 and item["modality"] == "CT":
-        slope, intercept = item["rescale"]
-        low, high = sorted((low * slope + intercept, high * slope + intercept))
-        if low >= 0 or high <= -200:
-            yield (
-                "implausible CT values",
-                f"from {low:g} to {high:g} HU: a CT holds air or fat as well as tissue; are"
-                " RescaleSlope and RescaleIntercept right?",
-                False,
-            )
-
-
-def _places(item: Record) -> Iterator[Finding]:
-    """Entities beside the mask of their class: another orientation or another slice shows here."""
-    mask = item["segmentation"]
-    if mask.shape != item["image"].shape[:2]:
-        return
-    marked = boxes_of_mask(mask)
-    seen: set[tuple[int, tuple[float, ...]]] = set()
-    for entity in item["entities"]:
-        class_id, box = int(entity["class_id"]), tuple(float(edge) for edge in entity["box"])
-        x_min, y_min, x_max, y_max = box
-        inside = 0 <= x_min < x_max <= mask.shape[1] and 0 <= y_min < y_max <= mask.shape[0]
-        if not inside or not 0 < class_id <= NUM_CLASSES or (class_id, box) in seen:
-            continue  # told already
-        seen.add((class_id, box))
-        if class_id not in marked:
-            yield "mention without mask", f"class {class_id} has a box, but no pixel of mask", False
-        elif (overlap := iou(box, marked[class_id])) < LEAST_OVERLAP:
-            yield (
-                "box does not fit its mask",
-                f"class {class_id}: box {box}, the mask spans {marked[class_id]}, IoU"
-                f" {overlap:.2f}; are both of this slice and this way round?",
-                overlap < NO_OVERLAP,
-            )
-
-
-def _cut_words(item: Record) -> Iterator[Finding]:
-    for index, entity in enumerate(item["entities"]):
-        text = record.text_of(item, entity["language"], entity["field"])
-        for edge in (entity["start"], entity["end"]):
-            if 0 < edge < len(text) and text[edge - 1].isalnum() and text[edge].isalnum():
-                yield "span cuts a word", f"entities/{index}, at character {edge}", False
-                break
-
-
-def _nothing_to_learn(item: Record) -> Iterator[Finding]:
-    captions = [row["caption"] for row in item["texts"].values()]
-    if not item["qa"] and not any(caption.strip() for caption in captions):
-        yield "no text to learn", "no caption and no question: no task can use it", False
-
-
-def _texts(item: Record) -> Iterator[Finding]:
-    for where, text in texts_of(item):
-        damage, marked, hints = _look_at(text)
-        if damage:
-            yield "encoding damage", f"{where}: {damage}", is_learnt(where)
-        if marked:
-            yield (
-                "looks like a grounding mark",
-                f"{where} holds a piece of a mark; no task will use it",
-                False,
-            )
-        for what, at in hints:
-            yield f"perhaps {what} in a text", f"{where}, at character {at}", False
-
-
-# Questions are often the same.
-@functools.lru_cache(maxsize=4096)
-def _look_at(text: str) -> tuple[str, bool, list[tuple[str, int]]]:
-    return broken_letters(text), has_marks(text), personal(text)
-
-
-_DOUBTS = (_spacing, _pixels, _places, _cut_words, _nothing_to_learn, _texts)
-
-
-# --- texts -------------------------------------------------------------------------------------
-
-
-_MONTHS = (
-    "jan(?:uary|uar)?|feb(?:ruary|ruar)?|mar(?:ch)?|märz|apr(?:il)?|may|mai|june?|juni|july?|juli"
-    "|aug(?:ust)?|sep(?:t(?:ember)?)?|o[ck]t(?:ober)?|nov(?:ember)?|de[cz](?:ember)?"
-)
-_PERSONAL = {
-    "a date": re.compile(
-        r"(?<![\d.])(?:0?[1-9]|[12]\d|3[01])\.\s?(?:0?[1-9]|1[0-2])\.\s?(?:(?:19|20)\d\d|\d\d)"
-        r"(?![\d.]\d|\d)"
-        r"|(?<!\d)(?:19|20)\d\d-(?:0\d|1[0-2])-[0-3]\d(?!\d)"
-        r"|(?<!\d)[0-3]?\d/[0-3]?\d/(?:19|20)?\d\d(?!\d)"
-        rf"|\b(?:{_MONTHS})\.?\s+(?:\d{{1,2}},?\s+)?(?:19|20)\d\d\b",
-        re.IGNORECASE,
-    ),
-    "a name": re.compile(
-        r"\b(?:Dr|Prof)\.\s?(?:med\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
-        r"|\b(?:Herrn?|Frau|Mr\.?|Mrs\.?|Ms\.?)\s(?:Dr\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
-        r"|\b(?:Patient(?:in)?|[Nn]ame)\s?:\s?[A-ZÄÖÜ][a-zäöüß]+"
-    ),
-    "an identifier": re.compile(
-        r"(?<![\d.,])\d{6,}(?![\d.,]\d)|\b\S+@\S+\.\w{2,}|\b\d+(?:\.\d+){5,}\b"
-        r"|\b(?:MRN|PID|Pat(?:ienten)?\.?-?(?:Nr|ID)|Fallnummer)\b",
-        re.IGNORECASE,
-    ),
-}
-
-
-def personal(text: str) -> list[tuple[str, int]]:
-    """("a date" | "a name" | "an identifier", character) that a text may hold. Only a hint."""
-    return [
-        (what, match.start())
-        for what, pattern in _PERSONAL.items()
-        if (match := pattern.search(text))
-    ]

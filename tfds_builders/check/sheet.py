@@ -19,7 +19,7 @@ from rg_jax.evaluation.overlays import draw
 from rg_jax.grounding import anatomy
 from rg_jax.grounding.boxes import normalise
 from rg_jax.grounding.spans import Entity
-from tfds_builders.check.records import personal
+from tfds_builders.doubts import personal
 from tfds_builders.letters import texts_of
 
 PER_GROUP = 8

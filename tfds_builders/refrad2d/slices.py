@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from rg_jax.data import dicom
 from rg_jax.data.record import Record, encode
 from rg_jax.errors import UserError
 from rg_jax.grounding.anatomy import NUM_CLASSES, absent_classes, display
-from rg_jax.grounding.boxes import check_box, union_box
+from rg_jax.grounding.boxes import boxes_of_mask, check_box, union_box
 from rg_jax.grounding.prompts import grounded_questions
 from tfds_builders import packed, splits
+from tfds_builders.doubts import doubts
 from tfds_builders.problems import Found, Problem
 from tfds_builders.refrad2d import texts
 from tfds_builders.refrad2d.files import Places
@@ -22,6 +22,7 @@ from tfds_builders.refrad2d.files import Places
 MODALITIES = ("CT", "MR")
 # Per slice and language: so many structures that are there are asked for, and so many that are not.
 ASKED = 4
+UNLIKE = "box unlike its mask"
 # A longer list of what is visible does not fit into 200 tokens, and a shorter one would be false.
 MAX_LISTED = 12
 # Pixels finer or coarser than this (mm) are a mistake of units.
@@ -72,9 +73,11 @@ def run(work: tuple[Options, Job]) -> Outcome:
     problems: list[Problem] = []
     try:
         record = _sampled(options, job, problems) if job.sampled else _slice(options, job, problems)
-        # Both check the record; a data check looks at it as it is.
+        # Both check the record; a data check looks at it as it is, and for doubts itself.
         made = packed.pack(record) if options.packing else record
-        if not options.packing:
+        if options.packing:
+            _doubt(record, _place_of(options, job), problems)
+        else:
             encode(record)
     except Found as error:
         return Outcome(None, (*problems, error.problem))
@@ -87,6 +90,24 @@ def run(work: tuple[Options, Job]) -> Outcome:
         text = f"{job.id} is not of the form that is expected ({type(error).__name__}: {reason})"
         return Outcome(None, (*problems, Problem("unreadable entry", job.index, text)))
     return Outcome(made, tuple(problems), splits.digest_of(record["image"]))
+
+
+def _place_of(options: Options, job: Job) -> str:
+    """Where to look for a record whose content is at fault, relative to the source."""
+    if job.sampled:
+        return f"{job.index}: {job.id}"
+    return options.places.name(options.places.dicom(job.slice_id))
+
+
+def _doubt(record: Record, place: str, problems: list[Problem]) -> None:
+    """Adds what is doubtful about a record, but for kinds of which it was told already."""
+    told = {problem.kind for problem in problems}
+    # A slow look, and needless where every box is that of its mask.
+    for kind, detail, harmful in doubts(record, places=UNLIKE in told):
+        if harmful:
+            raise Found(kind, place, detail)
+        if kind not in told:
+            problems.append(Problem(kind, place, detail, False))
 
 
 def _slice(options: Options, job: Job, problems: list[Problem]) -> Record:
@@ -243,14 +264,14 @@ def _places_on(options: Options, job: Job, shape: tuple[int, ...], problems: lis
         return np.zeros((0, 0), np.uint8), boxes
     path = places.listed(str(written))
     mask = class_map(path, places.name(path), shape)
-    on_mask = mask_boxes(mask)
+    on_mask = {c: tuple(map(float, box)) for c, box in boxes_of_mask(mask).items()}
     if entry.get("bboxes") is None:
         problems.append(Problem("boxes taken from the mask", place, "no bboxes", False))
         boxes = on_mask
     unlike = [c for c in sorted(boxes.keys() | on_mask.keys()) if boxes.get(c) != on_mask.get(c)]
     if unlike:
         text = f"{place}: class {', '.join(map(str, unlike[:5]))}: box and mask differ"
-        problems.append(Problem("box unlike its mask", place, text, False))
+        problems.append(Problem(UNLIKE, place, text, False))
     return mask, boxes
 
 
@@ -313,17 +334,6 @@ def class_map(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if mask.dtype.kind == "f" and (ids != mask).any():
         raise Found("unknown class", name, "holds values that are no whole numbers")
     return ids
-
-
-def mask_boxes(mask: np.ndarray) -> dict[int, tuple[float, ...]]:
-    """The union box of every class of a map, in one pass over it."""
-    slices = ndimage.find_objects(mask)
-    return {
-        class_id: (float(x.start), float(y.start), float(x.stop), float(y.stop))
-        for class_id, found in enumerate(slices, 1)
-        if found is not None
-        for y, x in [found]
-    }
 
 
 def _ask(record: Record, boxes: dict[int, tuple[float, ...]], languages: tuple[str, ...]) -> None:
