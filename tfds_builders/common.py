@@ -56,6 +56,9 @@ class RecordConfig(tfds.core.BuilderConfig):
         "compress the records; --no-compress takes twice the disk and is read in a fifth of"
         " the time",
     )
+    without_train: bool = parameter(
+        False, "take a source without a train split: a data set for evaluation alone", role="run"
+    )
 
     def __post_init__(self):
         for field in parameters(type(self)):
@@ -144,6 +147,17 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             raise UserError(f"{problem} (--skip_bad leaves such records out)")
         self.counts[f"left out: {problem.kind}" if problem.harmful else problem.kind] += 1
 
+    def or_problem(self, read: Callable[..., Any], path: Path, *more: Any) -> Any:
+        """What `read(path, …)` returns; where it fails a data check tells so, and gets None."""
+        try:
+            return read(path, *more)
+        except UserError as error:
+            if self.problems is None:
+                raise
+            detail = str(error).removeprefix(f"{path}: ")
+            self.report(Problem("unreadable file", str(path), detail))
+            return None
+
     def guard(self, members: Sequence[Member], hint: str = "") -> list[Member]:
         """The members as they may be built: nothing that belongs together in two splits.
 
@@ -226,6 +240,16 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _process_pipeline_result(self, pipeline_result: Any) -> None:
         self.counts.update(beam.counts(pipeline_result))
 
+    def without_train(self, splits: Mapping[str, Any]) -> str:
+        """What is wrong with splits of which none is train; empty if nothing is."""
+        without = "train" not in splits and splits.keys() & {"val", "validation", "test"}
+        if not without or self.builder_config.without_train:
+            return ""
+        return (
+            f"no train split, only {', '.join(splits)}: nothing can be trained on this;"
+            " --without_train takes it for evaluation"
+        )
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         source = Path(dl_manager.manual_dir) if self.SOURCE else None
         seen: set[str] = set()
@@ -233,8 +257,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits = self.splits(source)
         if not splits:
             raise UserError(f"{self.name}: no split has any records")
-        if "train" not in splits and splits.keys() & {"val", "validation", "test"}:
-            self.notes.append("there is no train split: nothing can be trained on this")
+        if without := self.without_train(splits):
+            raise UserError(f"{self.name}: {without}")
         if getattr(self.builder_config, "beam", False):
             skip_bad = getattr(self.builder_config, "skip_bad", False)
             return {

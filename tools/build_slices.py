@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from rg_jax.data.dicom import read_slice
+from rg_jax.data.identifying import may_be_hospital_number
 from rg_jax.data.volume import Volume, plane_of, slice_of, to_lps, union_boxes
 from rg_jax.errors import UserError
 from tfds_builders.refrad2d.files import KEYWORDS, SPLITS, STRUCTS, Places, Reports
@@ -338,6 +339,8 @@ class Build:
                 body_part=str(row.get("body_part") or ""),
                 number=index + 1,
             )
+            if may_be_hospital_number(patient):
+                notes.append("patient key that may be a hospital's own number, in the PatientID")
             content = zstandard.ZstdCompressor(level=9).compress(content)
         else:
             path = _path(self.dicoms, id_, ".dcm.zst")

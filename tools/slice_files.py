@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
+from rg_jax.data.identifying import may_be_hospital_number
 from rg_jax.data.volume import Plane
 from rg_jax.errors import UserError
 
@@ -70,7 +71,8 @@ def dicom_file(
 ) -> bytes:
     """The DICOM file of a slice of `values` (H, W), the same bytes for the same input.
 
-    `patient` becomes the PatientID and must be a pseudonym already. UIDs are made of the keys.
+    `patient` becomes the PatientID and must be a pseudonym already; of one that may be a hospital's
+    own number, the header does not say that the identity was removed. UIDs are made of the keys.
     """
     slope, intercept = rescale
     pixels = np.rint((values.astype(np.float64) - intercept) / slope)
@@ -98,7 +100,8 @@ def dicom_file(
         else hashlib.sha256(patient.encode()).hexdigest(),
         "PatientBirthDate": "",
         "PatientSex": "",
-        "PatientIdentityRemoved": "YES",
+        # Said only of keys that cannot be the number by which a hospital knows somebody.
+        **({} if may_be_hospital_number(patient) else {"PatientIdentityRemoved": "YES"}),
         "DeidentificationMethod": "Header rebuilt: only pixel values and geometry kept",
         "SliceThickness": _ds(plane.thickness_mm),
         "StudyInstanceUID": uid("study", patient, scan),

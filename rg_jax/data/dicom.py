@@ -93,7 +93,8 @@ def read_series(folder: str | Path) -> Volume:
     All files count but hidden ones and a DICOMDIR; a multi-frame file gives all its frames. They
     are sorted by position along the normal, never by name or number. Raises UserError for
     anything that would make a wrong volume: several series, other sizes, orientations or
-    spacings, no position, a slice twice, a gap, slices that do not lie on a line.
+    spacings, no position, a slice twice, a gap, slices that do not lie on a line, or MONOCHROME1
+    with a modality LUT.
     """
     return read_series_of(folder)[0]
 
@@ -127,17 +128,25 @@ def read_series_of(folder: str | Path) -> tuple[Volume, str]:
     patients = {piece.patient for _, piece in slices}
     if len(patients) > 1:
         raise UserError(f"{folder}: holds slices of {len(patients)} patients; separate them")
-    return _stack(folder, _inverted_alike(slices), abs(thickness)), patients.pop()
+    return _stack(folder, _inverted_alike(folder, slices), abs(thickness)), patients.pop()
 
 
-def _inverted_alike(slices: list[tuple[str, Slice]]) -> list[tuple[str, Slice]]:
+def _inverted_alike(folder: Path, slices: list[tuple[str, Slice]]) -> list[tuple[str, Slice]]:
     """Inverted slices of a series about one value, that of all: each about its own differ.
 
-    Inverting about minimum + maximum leaves both as they are: they can be read off the result.
+    Inverting about minimum + maximum leaves both as they are: they can be read off the result,
+    but not behind a look-up table. UserError for that, unless there is one slice alone.
     """
     inverted = [i for i, (_, s) in enumerate(slices) if INVERTED in s.repairs]
-    if not inverted or any(LUT_APPLIED in slices[i][1].repairs for i in inverted):
+    if not inverted or len(slices) == 1:
         return slices
+    for i in inverted:
+        name, piece = slices[i]
+        if LUT_APPLIED in piece.repairs:
+            raise UserError(
+                f"{folder / name}: MONOCHROME1 with a modality LUT in a series: its slices cannot"
+                " be inverted alike; export the series as MONOCHROME2"
+            )
     ends = {i: (int(slices[i][1].pixels.min()), int(slices[i][1].pixels.max())) for i in inverted}
     middle = min(low for low, _ in ends.values()) + max(high for _, high in ends.values())
     alike = list(slices)

@@ -2,7 +2,8 @@
 
 Told by keyword, never by value: the answer goes into reports and logs. It follows the basic
 confidentiality profile of DICOM PS3.15 as far as its elements occur in images. It cannot see what
-is burned into the pixels, free text in other elements, or private elements.
+is burned into the pixels or stands in free text of other elements. What private elements hold
+nobody can tell by keyword: that there are any is told.
 """
 
 import re
@@ -36,12 +37,25 @@ _PLACEHOLDER = re.compile(
     r"|unknown|none|no[ _^]?name|phantom|test|na|n/a|x+)[\W_]*\d*",
     re.IGNORECASE,
 )
+# Names of people, whatever digits stand beside them: with a caret, as DICOM writes them, two words
+# ("Doe, Jane 1960"), or a word and a whole date.
+_LETTERS = r"[^\W\d_]{2,}"
+_YEAR = r"(?:19|20)\d\d"
+_NAME = re.compile(
+    rf"\^|{_LETTERS}[ ,]+{_LETTERS}|{_LETTERS}[\W_](?:.*[\W_])?"
+    rf"(?:{_YEAR}[-./]?[01]\d[-./]?[0-3]\d|[0-3]?\d[-./][01]?\d[-./]{_YEAR})(?!\w)"
+)
+# Digits without a word; long ones are what hospitals number their patients with.
+_NUMBER = re.compile(r"[\W_]*(?:\d[\W_]*){4,}")
+PRIVATE = "private elements"
 # 1970-01-01, where computers begin to count, is left out: people were born on it.
 _DUMMY_DATES = ("19000101", "00000000", "00010101")
 
 
 def identifying_keywords(dataset: Any) -> tuple[str, ...]:
     """The keywords, sorted, of all elements of a pydicom data set that may identify someone.
+
+    `PRIVATE` stands for all private elements that hold something.
 
     Empty elements and what anonymisers leave ("ANON^0006", "Anonymous", 1900-01-01) do not
     count. Where the header says that the identity was removed, a name or an id counts as a
@@ -58,8 +72,19 @@ def identifying_keywords(dataset: Any) -> tuple[str, ...]:
 
 
 def may_be_pseudonym(value: str) -> bool:
-    """Whether a patient's key is no name: it holds a digit, or is a placeholder."""
-    return any(map(str.isdigit, value)) or _PLACEHOLDER.fullmatch(value) is not None
+    """Whether a patient's key is no name: a placeholder, or with a digit and not like a name.
+
+    Like a name are a caret, two words side by side, and a word with a date. A single name with a
+    number ("Doe7") cannot be told from the name of a study.
+    """
+    if _PLACEHOLDER.fullmatch(value):
+        return True
+    return any(map(str.isdigit, value)) and not _NAME.search(value)
+
+
+def may_be_hospital_number(value: str) -> bool:
+    """Whether a patient's key may be the number that a hospital knows the patient by."""
+    return _NUMBER.fullmatch(value) is not None
 
 
 def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
@@ -68,6 +93,9 @@ def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
 
     for tag in list(dataset.keys()):
         if tag.is_private:
+            # Elements up to 00FF name who may write into the others.
+            if tag.element > 0xFF and _holds_something(dataset, tag):
+                yield PRIVATE, "not looked at"
             continue
         # Raw elements know their VR (implicit files: the dictionary does): most of a header is
         # passed over without being parsed.
@@ -87,6 +115,15 @@ def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
                 yield from _elements(item)
         elif value is not None and (text := str(value).strip(" ^=\0")):
             yield keyword, text
+
+
+def _holds_something(dataset: Any, tag: Any) -> bool:
+    value = dataset.get_item(tag).value  # as it lies in the file: a private one need not be parsed
+    if isinstance(value, bytes):
+        return bool(value.strip(b" \0"))
+    return (
+        value is not None and value != "" and len(value if hasattr(value, "__len__") else "1") > 0
+    )
 
 
 def _harmless(keyword: str, value: str, removed: bool) -> bool:

@@ -429,6 +429,15 @@ def test_an_inverted_series_is_inverted_about_one_value(tmp_path):
     np.testing.assert_array_equal(ours.array, middle - volume.array)
 
 
+def test_a_series_that_cannot_be_inverted_alike_is_refused(tmp_path):
+    table = {"ModalityLUTSequence": lut(), "RescaleSlope": None, "RescaleIntercept": None}
+    write_series(tmp_path / "one", 1, PhotometricInterpretation="MONOCHROME1", **table)
+    assert read_series(tmp_path / "one").array.shape == (4, 3, 1)
+    write_series(tmp_path / "two", 2, PhotometricInterpretation="MONOCHROME1", **table)
+    with pytest.raises(UserError, match=r"im\d.dcm: MONOCHROME1 with a modality LUT.*MONOCHROME2"):
+        read_series(tmp_path / "two")
+
+
 def test_slices_of_a_series_are_the_slices_of_its_volume(tmp_path):
     for orientation in ([1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, -1, 0], [1, 0, 0, 0, -1, 0]):
         pixels = write_series(tmp_path / "s", ImageOrientationPatient=orientation)

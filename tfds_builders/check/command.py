@@ -165,9 +165,8 @@ def _records(
     except Exception as error:
         told(str(source or builder.name), error)
         return
-    if splits and "train" not in splits:
-        there = f"there are {', '.join(splits)}"
-        take([Problem("no train split", str(source or builder.name), there)])
+    if splits and (without := builder.without_train(splits)):
+        take([Problem("no train split", str(source or builder.name), without)])
     sizes = [_size(builder, split, records, limit) for split, records in splits.items()]
     total = None if None in sizes else sum(sizes)
     plain = not sys.stderr.isatty()

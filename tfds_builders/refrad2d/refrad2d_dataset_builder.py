@@ -209,7 +209,7 @@ class Builder(common.RecordBuilder):
                     f" --modalities leaves {kind} out, --split_dir names another folder"
                 )
             self.notes += [f"{name} is not there: no such split" for name in missing]
-            index = self._or_problem(files.read_json, places.index(kind), dict)
+            index = self.or_problem(files.read_json, places.index(kind), dict)
             if index is None:
                 continue  # a data check: without it each slice would be a problem of its own
             self._index[kind] = index
@@ -231,21 +231,10 @@ class Builder(common.RecordBuilder):
         members = [self._member(row, belongings) for row in listed]
         return members + self._place_sampled(sampled, members, belongings)
 
-    def _or_problem(self, read, path: Path, *more):
-        """What `read(path, …)` returns; where it fails a data check tells so, and gets None."""
-        try:
-            return read(path, *more)
-        except UserError as error:
-            if self.problems is None:
-                raise
-            detail = str(error).removeprefix(f"{path}: ")
-            self.report(Problem("unreadable file", self._places.name(path), detail))
-            return None
-
     def _listed(self, split: str, kind: str, path: Path):
         """(record id, slice id, split, file) of a split file; an id that it repeats, once."""
         name, seen = self._places.name(path), set()
-        captions, faults = self._or_problem(files.read_split, path) or ({}, [])
+        captions, faults = self.or_problem(files.read_split, path) or ({}, [])
         for fault in faults:
             self.report(Problem("unreadable entry", name, fault))
         for ids in captions.values():
@@ -267,7 +256,7 @@ class Builder(common.RecordBuilder):
         path = self._places.sampled(kind)
         name = self._places.name(path)
         known = {record_id for record_id, *_ in listed}
-        entries = self._or_problem(files.read_json, path, dict) or {}
+        entries = self.or_problem(files.read_json, path, dict) or {}
         for record_id, entry in entries.items():
             if not isinstance(entry, dict):
                 self.report(Problem("unreadable file", name, f"{record_id} is no object"))

@@ -108,23 +108,25 @@ def _whole(text: str, place: str, raw: bool = False) -> str:
 
 
 def mentions_of(entry: dict[str, Any], language: str, where: str) -> list[tuple[str, int]]:
-    """The (mention, class id) pairs that the index lists for a language."""
+    """The (mention, class id) pairs that the index lists for a language.
+
+    Problems name a mention by its number in the list: words of a report do not leave the data.
+    """
     mentions = []
-    for row in entry.get(KEYWORDS[language]) or ():
+    for number, row in enumerate(entry.get(KEYWORDS[language]) or ()):
+        place = f"{KEYWORDS[language]}/{number}"
         if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
-            raise Found(
-                "unreadable file", where, f"{KEYWORDS[language]}: {row!r} is not text, class, id"
-            )
+            raise Found("unreadable file", where, f"{place} is not [text, class, id]")
         mention, name, class_id = row
         try:
             known = id_of(str(name))
         except ValueError as error:
-            raise Found("unknown class", where, f"mention {mention!r}: {error}") from None
+            raise Found("unknown class", where, f"{place}: {error}") from None
         if known != class_id:
             raise Found(
                 "unknown class",
                 where,
-                f"mention {mention!r}: class {name} has id {known}, not {class_id}",
+                f"{place}: class {name} has id {known}, not {class_id}",
             )
         mentions.append((mention, known))
     return mentions
@@ -144,14 +146,11 @@ def entities_of(
     told: a mention that the caption does not hold, or whose class is not on the slice.
     """
     for mention, class_id in dict.fromkeys(mentions):
+        place = f"{KEYWORDS[language]}/{mentions.index((mention, class_id))}"
         if not find_mentions(caption, [(mention, class_id)], lambda _: True, ignore_case=True):
-            report(
-                Problem(
-                    "mention not in its text", where, f"{KEYWORDS[language]}: {mention!r}", False
-                )
-            )
+            report(Problem("mention not in its text", where, place, False))
         elif not _has_place(mention, mentions, boxes):
-            text = f"{KEYWORDS[language]}: {mention!r} (class {class_id}) is not on the slice"
+            text = f"{place}: class {class_id} is not on the slice"
             report(Problem("mention without mask", where, text, False))
     return [
         {

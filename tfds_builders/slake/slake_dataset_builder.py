@@ -18,6 +18,7 @@ from rg_jax.grounding.boxes import boxes_of_mask, iou
 from rg_jax.grounding.prompts import grounded_questions
 from rg_jax.grounding.spans import find_mentions
 from tfds_builders import common
+from tfds_builders.doubts import LEAST_OVERLAP, NO_OVERLAP
 from tfds_builders.slake import files
 from tfds_builders.slake.labels import LABELS, Label, label_of, surely_absent, zone_of
 from tfds_builders.splits import Member
@@ -90,7 +91,10 @@ class Builder(common.RecordBuilder):
         grouped: dict[str, dict[str, list[files.Question]]] = {}
         for split, file_name in files.SPLIT_FILES.items():
             images = grouped[split] = {}
-            for question in files.read_questions(source / file_name, self.counts, self.report):
+            questions = self.or_problem(
+                files.read_questions, source / file_name, self.counts, self.report
+            )
+            for question in questions or ():
                 if question.language in kept:
                     images.setdefault(question.image, []).append(question)
                 else:
@@ -153,7 +157,12 @@ class Builder(common.RecordBuilder):
         size = image.shape[:2]
         boxes = files.read_boxes(folder / "detection.json", size, self.counts)
         values = files.read_mask(folder / "mask.png", size)
-        self._compare(folder, values, boxes, table)
+        apart = self._compare(folder, values, boxes, table)
+        # Which of the two is right nobody knows: such a label is neither marked nor called absent.
+        marked_in_mask = {table[v].name for v in np.unique(values).tolist() if v in table}
+        marked_in_mask |= boxes.keys()
+        boxes = {name: box for name, box in boxes.items() if name not in apart}
+        values[np.isin(values, [v for v, label in table.items() if label.name in apart])] = 0
         for other in questions[1:]:
             if (other.modality, other.location) != (questions[0].modality, questions[0].location):
                 self.counts["questions that disagree on modality or location of their image"] += 1
@@ -184,7 +193,6 @@ class Builder(common.RecordBuilder):
                 spans = list(self._tag(question.answer, boxes))
                 self.counts["answers with a box"] += bool(spans)
             _add(record, question.language, question, question.type, spans)
-        marked_in_mask = {table[v].name for v in np.unique(values).tolist() if v in table}
         for language in self.builder_config.template_languages():
             self._add_templates(record, language, name, boxes, marked_in_mask, location)
         return record
@@ -241,8 +249,8 @@ class Builder(common.RecordBuilder):
             lookup[value] = label.class_id
         return lookup[values]
 
-    def _compare(self, folder: Path, values, boxes, table: dict[int, Label]) -> None:
-        """Count where mask and boxes tell different things; neither is changed."""
+    def _compare(self, folder: Path, values, boxes, table: dict[int, Label]) -> set[str]:
+        """Count where mask and boxes tell different things; labels for which they lie apart."""
         in_mask: dict[str, files.Box] = {}
         for value, box in boxes_of_mask(values).items():
             if value in table:
@@ -251,10 +259,18 @@ class Builder(common.RecordBuilder):
                 self.counts["mask values that mask.txt does not know, left out"] += 1
                 self.notes.append(f"{folder / 'mask.png'}: value {value} is not in mask.txt")
         self.counts["labels in a mask without a box"] += len(in_mask.keys() - boxes.keys())
-        for name in in_mask.keys() & boxes.keys():
-            self.counts["labels with mask and box"] += 1
-            overlap = iou(in_mask[name], boxes[name])
-            self.counts["of these with an overlap (IoU) under 0.5"] += overlap < 0.5
+        both = in_mask.keys() & boxes.keys()
+        overlaps = {name: iou(in_mask[name], boxes[name]) for name in both}
+        apart = {name for name, overlap in overlaps.items() if overlap < NO_OVERLAP}
+        self.counts["labels with mask and box"] += len(both)
+        self.counts[f"of these with an overlap (IoU) under {LEAST_OVERLAP}"] += sum(
+            overlap < LEAST_OVERLAP for overlap in overlaps.values()
+        )
+        what = f"of these without a place, since mask and box lie apart (IoU under {NO_OVERLAP})"
+        self.counts[what] += len(apart)
+        for name in sorted(apart):
+            self.notes.append(f"{folder}: mask and box of {name!r} lie apart, neither is used")
+        return apart
 
 
 def _keys(source: Path, name: str) -> tuple[tuple[str, str], ...]:

@@ -88,7 +88,7 @@ class Builder(common.RecordBuilder):
         for split, name in FILES[config.layout].items():
             if (source / name).is_file():
                 asked[split] = {}
-                for question in self._questions(source / name, name):
+                for question in self.or_problem(self._questions, source / name) or ():
                     asked[split].setdefault(question.image, []).append(question)
             else:
                 self.notes.append(f"{name} is not there: no split {split}")
@@ -130,24 +130,27 @@ class Builder(common.RecordBuilder):
                 asked.setdefault("train", {}).setdefault(image, []).extend(questions)
                 self.counts[f"questions moved from {split} to train"] += len(questions)
 
-    def _questions(self, path: Path, name: str) -> Iterator[Question]:
+    def _questions(self, path: Path) -> list[Question]:
+        """The questions of a split file. UserError if it is none; damaged questions are told."""
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"{path}: not readable as JSON ({error})") from error
         if not isinstance(rows, list):
             raise UserError(f"{path}: must hold a list of questions")
+        questions = []
         for number, row in enumerate(rows):
+            where = f"{path.name}: question {number}"
             try:
-                question = _question(row, f"{name}: question {number}")
+                question = _question(row, where)
             except Found as error:
                 self.report(error.problem)
                 continue
             if question.question and question.answer:
-                yield question
+                questions.append(question)
             else:
-                where = f"{name}: question {number}"
                 self.report(Problem("empty field", where, "question or answer: left out", False))
+        return questions
 
     def _records(
         self,
