@@ -57,7 +57,7 @@ class RecordConfig(tfds.core.BuilderConfig):
         " the time",
     )
     without_train: bool = parameter(
-        False, "take a source without a train split: a data set for evaluation alone", role="run"
+        False, "take a source without a train split: a data set for evaluation alone"
     )
 
     def __post_init__(self):

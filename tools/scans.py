@@ -150,9 +150,8 @@ def name_patients(scans: dict[str, list[Scan]], given: str) -> dict[tuple[str, s
             if key and not may_be_pseudonym(key):
                 where = f"--patients={given}" if not scan.patient else "the index"
                 raise UserError(
-                    f"{where}: the patient key of {scan.name} may be a name (no digit in"
-                    " it, two words, a date); keys must be pseudonyms, which go into the slices that"
-                    " are written"
+                    f"{where}: the patient key of {scan.name} may be a name (no digit, two"
+                    " words, a date); keys must be pseudonyms: they go into the slices"
                 )
             if not key:
                 raw = patient_of(scan)

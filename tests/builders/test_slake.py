@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from rg_jax.data import record
 from rg_jax.errors import UserError
 from rg_jax.grounding.anatomy import display, id_of
-from tfds_builders.__main__ import build
+from tfds_builders.__main__ import build, make_builder
+from tfds_builders.check import page
+from tfds_builders.check.command import check
 from tfds_builders.slake.labels import LABELS, ZONES, label_of, surely_absent, zone_of
 from tfds_builders.slake.slake_dataset_builder import Builder, SlakeConfig
 
@@ -295,6 +298,52 @@ def test_summary_counts_what_was_done(slake, tmp_path, capsys):
         "label 'Odd Thing' is not in the table",
     ):
         assert line in out, (line, out)
+
+
+def test_a_label_whose_mask_and_box_lie_apart_gets_no_place(slake, tmp_path, capsys):
+    slake.boxes("xmlab1", [{"Liver": [40, 30, 6, 6]}, {"Left Kidney": [30, 20, 8, 9]}])
+    first = make(slake, tmp_path)["train"]["slake-xmlab1"]
+    assert set(np.unique(first["segmentation"])) == {0, 3}
+    assert {e["class_id"] for e in first["entities"]} == {3}
+    # Nor is it said to be absent: it is somewhere.
+    assert not any("liver" in q["question"].lower() for q in first["qa"] if q["type"] == "grounded")
+    out = capsys.readouterr().out
+    assert "of these without a place, since mask and box lie apart (IoU under 0.1): 1" in out
+    assert "mask and box of 'Liver' lie apart" in out
+
+
+def test_a_blank_picture_is_refused_or_left_out(slake, tmp_path, capsys):
+    """What the data check fails is not built."""
+    Image.new("RGB", (48, 40), (7, 7, 7)).save(slake.folder("xmlab2") / "source.jpg")
+    slake.mask("xmlab2", np.zeros((40, 48), np.uint8), "L")
+    slake.boxes("xmlab2", [])
+    with pytest.raises(UserError, match="every pixel is 7.*--skip_bad"):
+        make(slake, tmp_path)
+    assert set(make(slake, tmp_path, skip_bad=True)["train"]) == {"slake-xmlab1"}
+    assert "left out: blank image: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[", '{"a": 1}'])
+def test_a_damaged_split_file_is_told_and_the_check_goes_on(slake, tmp_path, content):
+    source = slake.write()
+    (source / "train.json").write_text(content)
+    builder = make_builder(Builder, SlakeConfig(), str(tmp_path / "none"))
+    report = check(builder, source, tmp_path)
+    lines = (tmp_path / page.PROBLEMS).read_text().splitlines()
+    told = {p["file"]: p["kind"] for p in map(json.loads, lines) if p["harmful"]}
+    assert told["train.json"] == "unreadable file" and report.complete
+    assert report.statistics.records["val"] == report.statistics.records["test"] == 1
+
+
+def test_a_source_without_train_is_for_evaluation_alone(slake, tmp_path):
+    slake.questions["train"] = []
+    with pytest.raises(UserError, match="no train split, only val, test.*--without_train"):
+        make(slake, tmp_path)
+    assert set(make(slake, tmp_path, without_train=True)) == {"val", "test"}
+    for without_train, problems in ((False, 1), (True, 0)):
+        config = SlakeConfig(without_train=without_train)
+        builder = make_builder(Builder, config, str(tmp_path / "none"))
+        assert check(builder, slake.write(), tmp_path).harmful == problems
 
 
 def test_a_mask_value_out_of_the_table_is_left_out_and_told(slake, tmp_path, capsys):

@@ -16,6 +16,8 @@ from rg_jax.data.tasks import make_sample
 from rg_jax.errors import UserError
 from rg_jax.grounding.format import OURS
 from tfds_builders.__main__ import build
+from tfds_builders.check import page
+from tfds_builders.check.command import check
 from tfds_builders.vqa_rad.vqa_rad_dataset_builder import FILES, Builder, VqaRadConfig
 
 ROOT = os.environ.get("VQA_RAD_ROOT", "")
@@ -187,6 +189,18 @@ def test_a_missing_file_is_a_missing_split_and_told(made, capsys):
     del made.rows[FILES["fixed"]["val"]]
     assert set(make(made)) == {"train", "test"}
     assert "validation_fixed_split.json is not there: no split val" in capsys.readouterr().out
+
+
+def test_a_damaged_split_file_is_told_and_the_check_goes_on(made, tmp_path):
+    source = made.write()
+    (source / FILES["fixed"]["train"]).write_text("{")
+    with pytest.raises(UserError, match="train_fixed_split.json: not readable as JSON"):
+        build(Builder, VqaRadConfig(), str(tmp_path / "data"), str(source))
+    report = check(Builder(data_dir=str(tmp_path), config=VqaRadConfig()), source, tmp_path)
+    lines = (tmp_path / page.PROBLEMS).read_text().splitlines()
+    told = [(p["file"], p["kind"]) for p in map(json.loads, lines) if p["harmful"]]
+    assert (FILES["fixed"]["train"], "unreadable file") in told and report.complete
+    assert report.statistics.records == {"val": 1, "test": 1}
 
 
 def test_folders_that_are_none(made):

@@ -17,6 +17,7 @@ from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from rg_jax.data import dicom
 from rg_jax.data.dicom import read_series, read_series_of, read_slice
+from rg_jax.data.identifying import may_be_hospital_number, may_be_pseudonym
 from rg_jax.data.volume import read_nifti, slice_of, to_lps
 from rg_jax.errors import UserError
 
@@ -290,6 +291,9 @@ def test_missing_geometry_is_unknown():
         ({"BurnedInAnnotation": "YES"}, ("BurnedInAnnotation",)),
         ({"PatientBirthDate": "19700101"}, ("PatientBirthDate",)),
         ({"PatientID": "Mueller Hans"}, ("PatientID",)),
+        ({"PatientID": "Mueller^Hans 1960"}, ("PatientID",)),
+        ({"PatientName": "Mueller, Hans 7"}, ("PatientName",)),
+        ({"PatientID": "Mueller 2.3.1960"}, ("PatientID",)),
     ],
 )
 def test_identifying_elements(elements, found, removed):
@@ -308,6 +312,25 @@ def test_identifying_elements_in_sequences_and_ids():
     assert read_slice(file(RAMP, DischargeDate="20240131")).identifying == ("DischargeDate",)
     hidden = file(RAMP, PatientID="HOSP77812x", PatientIdentityRemoved="YES")
     assert read_slice(hidden).identifying == ()  # told to be a pseudonym
+
+
+def test_private_elements_are_told():
+    made = dataset(RAMP)
+    block = made.private_block(0x0029, "SOMEBODY", create=True)
+    assert read_slice(content(made)).identifying == ()  # the name of a block says nothing
+    block.add_new(0x01, "LO", "")
+    assert read_slice(content(made)).identifying == ()
+    block.add_new(0x02, "LO", "Doe^Jane")
+    assert read_slice(content(made)).identifying == ("private elements",)
+    inner = item(StudyDescription="x")
+    inner[0].private_block(0x0029, "SOMEBODY", create=True).add_new(0x03, "UN", b"Doe")
+    nested = dataset(RAMP, RequestAttributesSequence=inner)
+    assert read_slice(content(nested)).identifying == ("private elements",)
+
+
+@pytest.mark.parametrize("key", ["s0011", "LIDC-IDRI-0001", "HOSP77812x", "case 3", "ab20121031cd"])
+def test_keys_that_are_no_names(key):
+    assert may_be_pseudonym(key) and not may_be_hospital_number(key)
 
 
 # Everything that pydicom carries

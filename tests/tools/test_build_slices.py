@@ -485,13 +485,29 @@ def test_an_archive_of_one_modality_and_one_language(own_archive, tmp_path, caps
     assert json.loads(index.read_text())
 
 
-def test_a_key_that_may_be_a_name_is_refused(archive, tmp_path, capsys):
+@pytest.mark.parametrize("key", ["Mueller", "Mueller Hans", "Mueller^Hans 60", "Hans 1960-03-02"])
+def test_a_key_that_may_be_a_name_is_refused(archive, tmp_path, capsys, key):
     keys = tmp_path / "patients.json"
-    keys.write_text(json.dumps({"one": "Mueller Hans"}))
+    keys.write_text(json.dumps({"one": key}))
     with pytest.raises(SystemExit):
         build_slices.main([f"--root={archive}", f"--out={tmp_path / 'out'}", f"--patients={keys}"])
     text = capsys.readouterr().err
-    assert "the patient key of one holds no digit" in text and "Hans" not in text
+    assert "the patient key of one may be a name" in text
+    assert "Hans" not in text and "Mueller" not in text
+
+
+def test_a_key_that_may_be_a_hospitals_number_is_told(archive, tmp_path, capsys):
+    """Its slices do not say that the identity was removed, so that a check lists them."""
+    keys = tmp_path / "patients.json"
+    keys.write_text(json.dumps({"one": "0012345678", "two": "pat-0012345678"}))
+    out = tmp_path / "out"
+    build_slices.main([f"--root={archive}", f"--out={out}", f"--patients={keys}"])
+    assert "may be a hospital's own number" in capsys.readouterr().out
+    told = {
+        (s.patient, s.identifying)
+        for s in map(read_slice, (out / "dicoms_anon").rglob("*.dcm.zst"))
+    }
+    assert ("0012345678", ("PatientID",)) in told and ("pat-0012345678", ()) in told
 
 
 def test_splits_hold_every_modality():
