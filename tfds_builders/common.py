@@ -53,7 +53,7 @@ class RecordConfig(tfds.core.BuilderConfig):
     name: str = ""
     compress: bool = parameter(
         True,
-        "compress the records; --no-compress takes twice the disk and is read in a fifth of"
+        "compress the records; --no-compress takes twice the disk and is read in a quarter of"
         " the time",
     )
     without_train: bool = parameter(
@@ -226,7 +226,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _generate_splits(self, *args: Any, **kwargs: Any) -> Any:
-        with writing.mended(self.builder_config.compress):
+        compressed = writing.COMPRESSION[self.CHANNELS]
+        with writing.mended(compressed if self.builder_config.compress else writing.PLAIN):
             if not getattr(self.builder_config, "beam", False):
                 return super()._generate_splits(*args, **kwargs)
             with beam.job_folder(Path(self._data_dir).parent) as self._jobs_folder:

@@ -3,13 +3,13 @@
 A data set beyond one gigabyte is shuffled through files, which TFDS opens with TensorFlow: here
 Python opens them, in pieces, so that a thousand of them need not be open at once. And an example's
 fields come in no particular order, other in every run: here sorted, so that two builds of the same
-source are equal byte by byte. And files are compressed only if that is wanted.
+source are equal byte by byte. And files are compressed at the level that is read fastest, or not.
 """
 
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ from tensorflow_datasets.core import example_serializer, file_adapters, shuffle
 
 _HEAD = struct.Struct("=16sQ")
 _PIECE = 1 << 16
+# How files are compressed, by the number of channels. Slices at level 1: a tenth larger than at
+# level 3, TFDS's own, and read and written in two thirds of the time. Pictures would be half larger
+# and read no faster.
+COMPRESSION = {1: "zstd:1", 3: "zstd:3"}
+PLAIN = "uncompressed"
 
 
 class Bucket:
@@ -72,23 +77,26 @@ class Serializer(example_serializer.ExampleSerializer):
         return self.get_tf_example(example).SerializeToString(deterministic=True)
 
 
-def _write_plain(path: Any, iterator: Any) -> None:
-    """Examples (key, bytes) into an array_record file, as they are."""
-    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
-    for _, example in iterator:
-        writer.write(example)
-    writer.close()
+def _writes(compression: str) -> Callable[[Any, Any], None]:
+    def write(path: Any, iterator: Any) -> None:
+        """Examples (key, bytes) into an array_record file."""
+        options = f"group_size:1,{compression}"
+        writer = array_record_module.ArrayRecordWriter(os.fspath(path), options)
+        for _, example in iterator:
+            writer.write(example)
+        writer.close()
+
+    return write
 
 
 @contextlib.contextmanager
-def mended(compress: bool = True) -> Iterator[None]:
-    """Within it, TFDS writes with `Bucket` and `Serializer`, and as plain bytes on request."""
+def mended(compression: str) -> Iterator[None]:
+    """Within it, TFDS writes with `Bucket` and `Serializer`, and files of that compression."""
     kept = shuffle._Bucket, example_serializer.ExampleSerializer
     adapter = file_adapters.ArrayRecordFileAdapter
     usual = adapter.__dict__["write_examples"]
     shuffle._Bucket, example_serializer.ExampleSerializer = Bucket, Serializer
-    if not compress:
-        adapter.write_examples = staticmethod(_write_plain)
+    adapter.write_examples = staticmethod(_writes(compression))
     try:
         yield
     finally:

@@ -172,21 +172,14 @@ def decode(example: dict[str, Any]) -> Record:
         row["language"]: {field: row[field] for field in TEXT_FIELDS}
         for row in _rows(example["texts"])
     }
-    qa = []
-    for row in _rows(example["qa"]):
-        choices = row["choices"].split("\n") if row["choices"] else []
-        qa.append({**{field: row[field] for field in QA_FIELDS}, "choices": choices})
-    entities = [
-        {
-            "language": row["language"],
-            "field": row["field"],
-            "start": int(row["start"]),
-            "end": int(row["end"]),
-            "class_id": int(row["class_id"]),
-            "box": tuple(float(value) for value in row["box"]),
-        }
-        for row in _rows(example["entities"])
-    ]
+    qa = _rows(example["qa"])
+    for row in qa:
+        row["choices"] = row["choices"].split("\n") if row["choices"] else []
+    entities = _rows(example["entities"])
+    for row in entities:
+        row["start"], row["end"] = int(row["start"]), int(row["end"])
+        row["class_id"] = int(row["class_id"])
+        row["box"] = tuple(map(float, row["box"]))
     return {
         "id": _text(example["id"]),
         "image": np.asarray(example["image"]),
@@ -353,10 +346,8 @@ def _text(value: Any) -> str:
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """TFDS reads a sequence of dicts as a dict of lists: back to rows, texts decoded."""
     names = list(columns)
-    return [
-        {
-            name: value.decode() if isinstance(value, bytes) else value
-            for name, value in zip(names, values, strict=True)
-        }
-        for values in zip(*(columns[name] for name in names), strict=True)
-    ]
+    decoded = (
+        [value.decode() if isinstance(value, bytes) else value for value in columns[name]]
+        for name in names
+    )
+    return [dict(zip(names, row, strict=True)) for row in zip(*decoded, strict=True)]
