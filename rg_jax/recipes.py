@@ -34,7 +34,13 @@ def base() -> ConfigDict:
     # Low-rank factors (LoRA) beside the weights whose whole names match a regex of `include`;
     # rank 0: none. Only `lora/.*` is then to be trained, see `lora()`.
     c.lora = ConfigDict({"rank": 0, "alpha": 32.0})
-    c.lora.include = ["img/Transformer/.*/kernel", "img/head/kernel", "llm/layers/(attn|mlp)/.*"]
+    # The projection of the patches too: what another modality looks like is learnt there first.
+    c.lora.include = [
+        "img/embedding/kernel",
+        "img/Transformer/.*/kernel",
+        "img/head/kernel",
+        "llm/layers/(attn|mlp)/.*",
+    ]
 
     # `path`: a SentencePiece model; `vocab_size` > 0 instead trains a small one from the texts of
     # the training split, with as many <locNNNN> as bins and 128 <segNNN>.
@@ -245,7 +251,7 @@ def adapted(c: ConfigDict, arg) -> ConfigDict:
         if not tiny:  # for small devices: 10 GiB instead of 28
             c.model.remat, c.model.unroll = "full", 1
         c.lora.rank, c.lora.alpha = (16, 32.0)
-        c.optimizer = {"name": "adamw", "lr": 5e-3 if tiny else 2e-4, "clip_norm": 1.0}
+        c.optimizer = {"name": "adamw", "lr": 1e-2 if tiny else 2e-4, "clip_norm": 1.0}
         c.optimizer.weight_decay = 0.0
         learns = {"decay": "cosine", "warmup_percent": 10}
         c.schedule = [("lora/.*", learns), (".*", None)]

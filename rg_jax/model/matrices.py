@@ -23,10 +23,23 @@ def matrix_axes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
     None for what is no matrix: a table, a position code, a scale, a bias.
     """
+    if factor := re.fullmatch("lora/(.+)/([ab])", name):
+        return _factor_axes(*factor.groups())
     for pattern, summed, made in _MATRIX_AXES:
         if re.fullmatch(pattern, name):
             return summed, made
     return None
+
+
+def _factor_axes(name: str, factor: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The axes of a low-rank factor: `a` makes the rank out of the weight's inputs, `b` sums it."""
+    found = matrix_axes(name)
+    if found is None:
+        return None
+    summed, made = map(len, found)
+    if factor == "a":
+        return tuple(range(-summed - 1, -1)), (-1,)
+    return (-made - 1,), tuple(range(-made, 0))
 
 
 def stacked(name: str) -> bool:

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from rg_jax.errors import UserError
-from rg_jax.model.config import from_variant
+from rg_jax.model.config import LoraConfig, from_variant
+from rg_jax.model.lora import factor_shapes
 from rg_jax.model.paligemma import param_shapes
 from rg_jax.training.optimizer import Optimizer, _matrices, assign, make_schedule
 from rg_jax.training.state import flatten
@@ -80,6 +81,10 @@ IMG_ATTENTION = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0"
         (f"{IMG_ATTENTION}/key/kernel", (2, 8, 2, 4), (0, 1, 2, 3), (2, 8, 8)),
         (f"{IMG_ATTENTION}/out/kernel", (2, 2, 4, 8), (0, 1, 2, 3), (2, 8, 8)),
         ("img/embedding/kernel", (2, 2, 3, 8), (0, 1, 2, 3), (1, 12, 8)),
+        ("lora/llm/layers/attn/q_einsum/w/a", (2, 8, 4), (0, 1, 2), (2, 8, 4)),
+        ("lora/llm/layers/attn/q_einsum/w/b", (2, 4, 3, 4), (0, 1, 2, 3), (2, 4, 12)),
+        ("lora/llm/layers/attn/kv_einsum/w/b", (2, 2, 3, 2, 4), (0, 1, 2, 3, 4), (4, 3, 8)),
+        (f"lora/{IMG_ATTENTION}/out/kernel/a", (2, 2, 4, 3), (0, 1, 2, 3), (2, 8, 3)),
     ],
 )
 def test_muon_steps_are_orthogonal_and_as_large_as_those_of_adamw(name, shape, order, matrices):
@@ -109,6 +114,11 @@ def test_muon_takes_every_matrix_of_the_model():
     names = flatten(param_shapes(from_variant("tiny", vocab_size=64)))
     left = {name for name, axes in _matrices(names).items() if axes is None}
     assert "img/embedding/kernel" not in left
+    lora = from_variant("tiny", vocab_size=64, lora=LoraConfig(rank=2, new_rows=3))
+    factors = _matrices(
+        {name: jnp.zeros(shape) for name, shape in factor_shapes(lora).items()}
+    ).items()
+    assert [n for n, axes in factors if axes is None] == ["lora/llm/embedder/input_embedding/rows"]
     assert {n for n in left if not n.endswith(("bias", "scale"))} == {
         "img/pos_embedding",
         "llm/embedder/input_embedding",
