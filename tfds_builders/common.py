@@ -188,10 +188,19 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise UserError(f"{leaks[0].file}: {told}; --leaks=move puts all of it into train{hint}")
 
     def same_image(self, seen: SameImages, digest: int, split: str, name: str) -> bool:
-        """Whether these pixels went by in another split; told as a problem if so."""
-        other = seen.elsewhere(digest, split, name)
+        """Whether these pixels went by in another split; told as a problem if so.
+
+        In the same split they are told, and kept.
+        """
+        other = seen.before(digest, split, name)
         choice = getattr(self.builder_config, "leaks", "refuse")
-        if other is None or choice == "allow":
+        if other is None:
+            return False
+        if other[0] == split:
+            text = f"as in {other[1]}, in {split} both"
+            self.report(Problem("same picture twice in a split", name, text, harmful=False))
+            return False
+        if choice == "allow":
             return False
         text = f"the same picture, pixel by pixel, as {other[1]} of {other[0]}"
         if choice == "move":

@@ -111,17 +111,17 @@ def describe(leaks: Sequence[Leak]) -> str:
 
 
 class SameImages:
-    """Which pixels went by in which split; eight bytes are kept of each picture."""
+    """Which pixels went by, and where; eight bytes are kept of each picture."""
 
     def __init__(self):
         self._seen: dict[int, tuple[str, str]] = {}
 
-    def elsewhere(self, digest: int, split: str, name: str) -> tuple[str, str] | None:
-        """(split, name) of the same pixels in another split, None if there are none."""
+    def before(self, digest: int, split: str, name: str) -> tuple[str, str] | None:
+        """(split, name) of the first with the same pixels, None if this is it."""
         if not digest:
             return None
         known = self._seen.setdefault(digest, (split, name))
-        return None if known[0] == split else known
+        return None if known == (split, name) else known
 
 
 def digest_of(image: np.ndarray) -> int:

@@ -265,6 +265,21 @@ def test_the_same_picture_under_two_ids_in_two_splits(layout, tmp_path, capsys):
         layout.build(tmp_path / "data", capsys)
 
 
+def test_the_same_picture_twice_in_a_split_is_counted_and_kept(layout, tmp_path, capsys):
+    first, other = layout.ids("ct")[:2]
+
+    def copy(header):
+        header.PixelData = mini.stored_pixels(first).tobytes()
+        header.Rows, header.Columns = mini.stored_pixels(first).shape
+
+    layout.edit_dicom(other, copy)
+    report, problems = layout.check(tmp_path / "out", templates="none")
+    kinds = [p["kind"] for p in problems]
+    assert report.harmful == 0 and kinds.count("same picture twice in a split") == 1
+    items, out = layout.build(tmp_path / "data", capsys, templates="none")
+    assert len(items) == 6 and "same picture twice in a split: 1" in out
+
+
 def test_a_mention_that_is_not_in_its_caption(layout, tmp_path, capsys):
     slice_id = layout.ids("ct")[0]
     file = layout.edit_index(

@@ -66,12 +66,12 @@ def test_what_belongs_to_something_moved_follows_it():
 def test_pictures_are_told_apart_by_their_pixels():
     seen = splits.SameImages()
     one = np.arange(12, dtype=np.int16).reshape(3, 4, 1)
-    assert seen.elsewhere(splits.digest_of(one), "train", "a") is None
-    assert seen.elsewhere(splits.digest_of(one.copy()), "train", "b") is None
-    assert seen.elsewhere(splits.digest_of(one), "val", "c") == ("train", "a")
-    assert seen.elsewhere(splits.digest_of(one.reshape(4, 3, 1)), "val", "d") is None
+    assert seen.before(splits.digest_of(one), "train", "a") is None
+    assert seen.before(splits.digest_of(one.copy()), "train", "b") == ("train", "a")
+    assert seen.before(splits.digest_of(one), "val", "c") == ("train", "a")
+    assert seen.before(splits.digest_of(one.reshape(4, 3, 1)), "val", "d") is None
     blank = splits.digest_of(np.zeros_like(one))
-    assert [seen.elsewhere(blank, split, "e") for split in ("train", "val")] == [None, None]
+    assert [seen.before(blank, split, "e") for split in ("train", "val")] == [None, None]
 
 
 # --- the guard in a builder ---------------------------------------------------------------------
