@@ -299,15 +299,15 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
 
     def _fit(self, item: record.Record) -> bool:
-        """Whether nothing about a record would harm training; whatever is doubtful is told.
+        """Whether nothing about a record would harm training; what is doubtful until then is told.
 
         Builders of packed records look themselves, before they pack.
         """
-        fit = True
         for kind, detail, harmful in doubts(item):
             self.report(Problem(kind, self.place_of(item), detail, harmful))
-            fit = fit and not harmful
-        return fit
+            if harmful:
+                return False
+        return True
 
     def _left_out(self) -> str:
         left = ((what, n) for what, n in self.counts.items() if what.startswith("left out"))

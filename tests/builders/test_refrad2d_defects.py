@@ -194,7 +194,6 @@ HARMLESS = {
         "identifying tags",
         "PatientBirthDate",
     ),
-    "no spacing": (slice_with(spacing=None), "bad spacing", DICOM),
     "box unlike its mask": (
         entry(bboxes=[[2, 3, 14, 12, 5], [20, 10, 28, 20, 3]]),
         "box unlike its mask",
@@ -221,11 +220,12 @@ def test_a_build_counts_every_doubt_of_the_check(pristine, tmp_path, capsys):
     """What the check lists without refusing it is counted in the summary of the build."""
     source = tmp_path / "source"
     shutil.copytree(pristine, source)
-    slice_with(RescaleIntercept=4000)(source)
+    slice_with(RescaleIntercept=4000, spacing=None)(source)
     text("CleanedSentence", "The liver of Mrs. Smith.")(source)
     build(Builder, RefRad2DConfig(templates="none"), str(tmp_path / "data"), str(source))
     out = capsys.readouterr().out
-    assert "implausible CT values: 1" in out and "perhaps a name in a text: 1" in out
+    assert "implausible CT values: 1" in out and "bad spacing: 1" in out
+    assert "perhaps a name in a text: 1" in out
     assert "Smith" not in out
 
 

@@ -25,8 +25,6 @@ ASKED = 4
 UNLIKE = "box unlike its mask"
 # A longer list of what is visible does not fit into 200 tokens, and a shorter one would be false.
 MAX_LISTED = 12
-# Pixels finer or coarser than this (mm) are a mistake of units.
-SPACING_MM = (0.02, 20.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +223,6 @@ def _read(places: Places, job: Job, problems: list[Problem]) -> dicom.Slice:
     if read.identifying:
         text = f"not empty: {', '.join(read.identifying)}; no value of them goes into records"
         problems.append(Problem("identifying tags", name, text, False))
-    if read.pixels.min() == read.pixels.max():
-        raise Found("blank image", name, "every pixel is the same: nothing on it can be found")
-    if not all(SPACING_MM[0] <= side <= SPACING_MM[1] for side in read.spacing_mm):
-        text = f"spacing is {read.spacing_mm} mm (row, column)"
-        problems.append(Problem("bad spacing", name, text, False))
     return read
 
 
