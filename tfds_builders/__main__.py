@@ -259,7 +259,9 @@ def main(argv: list[str] | None = None) -> None:
         if argv[:1] == ["check"]:
             from tfds_builders.check import command as check
 
-            sys.exit(check.run(argv[1:]))
+            code = check.run(argv[1:])
+            sys.stdout.flush()
+            sys.exit(code)
         cls, config, options = parse(argv)
         build(
             cls,
@@ -272,6 +274,9 @@ def main(argv: list[str] | None = None) -> None:
         stop(str(error))
     except KeyboardInterrupt:
         stop("interrupted; nothing was written", 130)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,14 @@ further than the data.
 import functools
 import re
 from collections.abc import Iterator
+from math import ceil, floor
+
+import numpy as np
 
 from rg_jax.data import record
+from rg_jax.data.identifying import NAME_IN_TEXT
 from rg_jax.data.record import Record
-from rg_jax.grounding.anatomy import NUM_CLASSES
+from rg_jax.grounding.anatomy import NUM_CLASSES, SEGMENTED_IN
 from rg_jax.grounding.boxes import boxes_of_mask, iou
 from rg_jax.grounding.spans import has_marks
 from tfds_builders.letters import broken_letters, is_learnt, texts_of
@@ -23,6 +27,9 @@ SPACING_MM = (0.02, 20.0)
 LEAST_OVERLAP = 0.5
 # Less than this is no matter of edges: such a box teaches a wrong place.
 NO_OVERLAP = 0.1
+
+# Nearly every CT slice has some pixels of fat or air, and some of tissue (HU).
+_SOFT_HU, _AIR_HU, _SHARE = -30, -200, 0.001
 
 Finding = tuple[str, str, bool]  # kind, detail, harmful
 
@@ -66,12 +73,18 @@ def _pixels(item: Record) -> Iterator[Finding]:
         return
     if image.shape[2] == 1 and item["modality"] == "CT":
         slope, intercept = item["rescale"]
+        # By shares of the pixels: noise of a wrong scale reaches anywhere.
+        soft, air = (
+            np.count_nonzero(image < ceil(bound) if slope > 0 else image > floor(bound))
+            / image.size
+            for bound in ((_SOFT_HU - intercept) / slope, (_AIR_HU - intercept) / slope)
+        )
         low, high = sorted((low * slope + intercept, high * slope + intercept))
-        if low >= 0 or high <= -200:
+        if soft < _SHARE or air > 1 - _SHARE:
             yield (
                 "implausible CT values",
-                f"from {low:g} to {high:g} HU: a CT holds air or fat as well as tissue; are"
-                " RescaleSlope and RescaleIntercept right?",
+                f"from {low:g} to {high:g} HU, {soft:.1%} of the pixels below {_SOFT_HU} HU: a CT"
+                " holds air or fat as well as tissue; are RescaleSlope and RescaleIntercept right?",
                 False,
             )
 
@@ -110,6 +123,27 @@ def _cut_words(item: Record) -> Iterator[Finding]:
                 break
 
 
+def _classes(item: Record) -> Iterator[Finding]:
+    known = SEGMENTED_IN.get(item["modality"])
+    strange = sorted({e["class_id"] for e in item["entities"]} - {0} - (known or set()))
+    if known and strange:
+        text = f"class {', '.join(map(str, strange[:5]))} is not segmented in {item['modality']}"
+        yield "class of another modality", text, False
+
+
+def _answers(item: Record) -> Iterator[Finding]:
+    for index, row in enumerate(item["qa"]):
+        answer = row["answer"].strip().rstrip(".").casefold()
+        if row["type"] == "yesno" and not _YES_OR_NO.match(answer):
+            yield "yes/no question with another answer", f"qa/{index}", False
+        choices = {choice.strip().rstrip(".").casefold() for choice in row["choices"]}
+        if row["type"] == "multiple" and choices and answer not in choices:
+            yield "answer that is none of the choices", f"qa/{index}", False
+
+
+_YES_OR_NO = re.compile(r"(?:yes|no|ja|nein)\b")
+
+
 def _nothing_to_learn(item: Record) -> Iterator[Finding]:
     captions = [row["caption"] for row in item["texts"].values()]
     if not item["qa"] and not any(caption.strip() for caption in captions):
@@ -137,7 +171,10 @@ def _look_at(text: str) -> tuple[str, bool, list[tuple[str, int]]]:
     return broken_letters(text), has_marks(text), personal(text)
 
 
-_DOUBTS_BUT_PLACES = (_spacing, _pixels, _cut_words, _nothing_to_learn, _texts)
+_DOUBTS_BUT_PLACES = (
+    *(_spacing, _pixels, _classes, _cut_words),
+    *(_answers, _nothing_to_learn, _texts),
+)
 _DOUBTS = (_places, *_DOUBTS_BUT_PLACES)
 
 
@@ -157,11 +194,7 @@ _PERSONAL = {
         rf"|\b(?:{_MONTHS})\.?\s+(?:\d{{1,2}},?\s+)?(?:19|20)\d\d\b",
         re.IGNORECASE,
     ),
-    "a name": re.compile(
-        r"\b(?:Dr|Prof)\.\s?(?:med\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
-        r"|\b(?:Herrn?|Frau|Mr\.?|Mrs\.?|Ms\.?)\s(?:Dr\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
-        r"|\b(?:Patient(?:in)?|[Nn]ame)\s?:\s?[A-ZÄÖÜ][a-zäöüß]+"
-    ),
+    "a name": re.compile(NAME_IN_TEXT),
     "an identifier": re.compile(
         r"(?<![\d.,])\d{6,}(?![\d.,]\d)|\b\S+@\S+\.\w{2,}|\b\d+(?:\.\d+){5,}\b"
         r"|\b(?:MRN|PID|Pat(?:ienten)?\.?-?(?:Nr|ID)|Fallnummer)\b",

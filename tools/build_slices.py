@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 
 from rg_jax.data.dicom import read_slice
-from rg_jax.data.identifying import may_be_hospital_number
+from rg_jax.data.identifying import may_be_hospital_number, may_be_pseudonym
 from rg_jax.data.volume import Volume, plane_of, slice_of, to_lps, union_boxes
 from rg_jax.errors import UserError
 from tfds_builders.refrad2d.files import KEYWORDS, SPLITS, STRUCTS, Places, Reports
 from tools import scans as scans_
-from tools.layout import copy_file, make_splits, sampled_slices, take_splits
+from tools.layout import make_splits, sampled_slices, take_splits, write_reports
 from tools.mentions import Mentions, kept_mentions
 from tools.scans import Scan
 from tools.segment_volumes import checked_mask
@@ -177,8 +177,30 @@ class Build:
             self._unfinish()
             self._write_final(kept)
             self.journal.add(key, {"inputs": final})
+        self._remove_others(kept, key)
         self.journal.close()
         return self.summaries
+
+    def _remove_others(self, kept: dict[str, dict[str, Any]], final: str) -> None:
+        """Files of slices that an earlier run made and this one does not keep, and their results.
+
+        A patient who is withdrawn must not stay. A run of a part of the slices removes nothing.
+        """
+        if self.options.limit or set(self.kinds) != set(KINDS):
+            return
+        work = {id_ for kind in self.kinds for scan in self.scans[kind] for id_ in scan.slices}
+        stay = {id_ for results in kept.values() for id_ in results}
+        gone = [id_ for id_ in self.journal if id_ not in stay and id_ != final]
+        removed = 0
+        for id_ in gone:
+            paths = [
+                path for path in (self.places.dicom(id_), self._mask_path(id_)) if path.exists()
+            ]
+            for path in paths:
+                path.unlink()
+            removed += bool(paths)
+        self.summaries[-1].note("slices of an earlier run removed", "", removed)
+        self.journal.forget(id_ for id_ in gone if id_ not in work)
 
     def _recorded(self, key: str) -> str | None:
         return self.journal[key]["inputs"] if key in self.journal else None
@@ -269,6 +291,8 @@ class Build:
         row = self.reports.get(id_)
         if row is None:
             raise Left("no report", where)
+        if id_ in self.reports.repeated:
+            raise Left("reports that differ", where)
         if str(row.get("modality") or scan.modality).upper() != scan.modality:
             raise Left("report of another modality", where)
         try:
@@ -288,7 +312,7 @@ class Build:
                 unanswered, mentions = unanswered + 1, {}
                 notes.append(f"sentence ({language}) that stage b has not answered")
             mentioned += len(mentions)
-            keywords[KEYWORDS[language]] = kept_mentions(text, mentions, present, notes)
+            keywords[KEYWORDS[language]] = kept_mentions(text, mentions, present, notes, language)
         if not captions:
             raise Left("no sentence in the report", where)
         if not mentioned and unanswered:
@@ -358,7 +382,12 @@ class Build:
             notes += existing.repairs
             if existing.identifying:
                 notes.append("identifying tags in a slice file that was taken as it is")
-            patient = existing.patient or patient
+            if existing.patient:
+                patient = existing.patient
+                if not may_be_pseudonym(patient) or may_be_hospital_number(patient):
+                    # The file keeps what it has, but the journal and the summary do not learn it.
+                    digest = hashlib.sha256(patient.encode()).hexdigest()
+                    patient = f"patient-{digest[:12]}-0"
         write_bytes(self.places.dicom(id_), content, sync=False)
         return patient
 
@@ -403,7 +432,8 @@ class Build:
         return fingerprint(self.digest, stamps, chosen)
 
     def _write_final(self, kept: dict[str, dict[str, Any]]) -> None:
-        copy_file(self.parquet, self.places.parquet)
+        modality_of = {id_: KINDS[kind] for kind in self.kinds for id_ in kept[kind]}
+        write_reports(self.parquet, self.places.parquet, modality_of)
         chosen = Path(self.options.sampled_dir) if self.options.sampled_dir else None
         for kind, summary in zip(self.kinds, self.summaries, strict=True):
             entries = _Entries(self.journal, kept[kind])

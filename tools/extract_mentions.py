@@ -21,6 +21,7 @@ from rg_jax.endpoint import Answer, Endpoint, Failure, Request
 from rg_jax.errors import UserError
 from rg_jax.grounding import anatomy, dictionary
 from rg_jax.grounding.cleaning import clean_text
+from rg_jax.grounding.contradictions import SIDE_WORDS, contradiction, side_of
 from rg_jax.grounding.spans import has_marks
 from tools import texts
 from tools.stages import Parser, Summary, command, progress, read_json, write_json
@@ -86,18 +87,6 @@ SCHEMA = {
     "required": ["mentions"],
     "additionalProperties": False,
 }
-# Words by which a sentence speaks of a side, so that a class of that side can be meant.
-SIDE_WORDS = {
-    "en": {
-        "left": r"\b(?:left|L[UL]L|lingula\w*|both|bilateral\w*)\b",
-        "right": r"\b(?:right|R[UML]L|both|bilateral\w*)\b",
-    },
-    "de": {
-        "left": r"\b(?:link\w*|li|lingula\w*|beid\w*|bds)\b",
-        "right": r"\b(?:recht\w*|re|beid\w*|bds)\b",
-    },
-}
-ONE_SIDED = {"lung_middle_lobe_right", "atrial_appendage_left"}  # there is no other
 
 
 @functools.cache
@@ -111,11 +100,16 @@ def request(caption: str, language: str) -> Request:
         {"role": "system", "content": instructions(language)},
         {"role": "user", "content": caption},
     ]
-    return Request(messages, SCHEMA, check_form)
+    check = functools.partial(check_answer, caption=caption, language=language)
+    return Request(messages, SCHEMA, check)
 
 
-def check_form(value: object) -> list[dict[str, str]]:
-    """The mentions of an answer of the right form; what they say is judged one by one later."""
+def check_answer(value: object, caption: str, language: str) -> list[dict[str, str]]:
+    """The mentions of an answer of the right form; they are counted one by one later.
+
+    ValueError for another form, and where none of several mentions can be used: that is no
+    sentence without mentions, but an answer to be asked for again.
+    """
     mentions = value.get("mentions") if isinstance(value, dict) else None
     if not isinstance(mentions, list):
         raise ValueError("not the form asked for")
@@ -124,6 +118,10 @@ def check_form(value: object) -> list[dict[str, str]]:
             isinstance(one.get(field), str) for field in ("mention", "class")
         ):
             raise ValueError("not the form asked for")
+    if mentions and not any(
+        judge(caption, one["mention"], one["class"], language)[0] for one in mentions
+    ):
+        raise ValueError("none of its mentions can be used")
     return mentions
 
 
@@ -146,21 +144,11 @@ def judge(caption: str, mention: str, name: str, language: str) -> tuple[str, st
         inside = mention.casefold() in caption.casefold()
         return "", "mention only inside another word" if inside else "mention not in the caption"
     mention = stands.group()
-    for one in dictionary.find(mention, language):
-        whole = one.text == mention and one.classes != (name,)
-        # "the vertebral body" may be a certain one, as the rest of the sentence tells.
-        if whole and not (one.classes == ("vertebrae",) and name.startswith("vertebrae_")):
-            return "", "mention names another class"
-    side = next((s for s in ("left", "right") if s in name.split("_")), "")
-    if side and name not in ONE_SIDED:
-        other = "left" if side == "right" else "right"
-        table = SIDE_WORDS[language]
-        if not re.search(table[side], caption, re.IGNORECASE):
-            return "", "side not in the caption"
-        if re.search(table[other], mention, re.IGNORECASE) and not re.search(
-            table[side], mention, re.IGNORECASE
-        ):
-            return "", "mention names the other side"
+    if reason := contradiction(mention, name, language):
+        return "", reason
+    side = side_of(name)
+    if side and not re.search(SIDE_WORDS[language][side], caption, re.IGNORECASE):
+        return "", "side not in the caption"
     return mention, ""
 
 
@@ -214,7 +202,7 @@ def extract(
                 answers = endpoint.ask_all(requests, bar.update)
             for sentence, caption, answer in zip(part, cleaned, answers, strict=True):
                 if isinstance(answer, Failure):
-                    done.leave_out(texts.reason_of(answer), texts.token_of(sentence))
+                    done.fail(texts.reason_of(answer), texts.token_of(sentence))
                     continue
                 if isinstance(answer, Answer):
                     mentions = from_answer(caption, answer.value, language, found)
@@ -238,7 +226,11 @@ def compare(ours: dict[str, dict[str, str]], reference: dict[str, dict[str, str]
         f" recall {right / max(len(wanted), 1):.4f} ({right} of {len(wanted)})"
     ]
     for sign, ones in (("+", got - wanted), ("-", wanted - got)):
-        lines += [f"  {sign} {mention!r} as {name} in {s!r}" for s, mention, name in sorted(ones)]
+        # Sentences are patients' texts: a terminal's log is told which one, not what it says.
+        lines += [
+            f"  {sign} {mention!r} as {name} in {texts.token_of(s)}"
+            for s, mention, name in sorted(ones)
+        ]
     return lines
 
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import os
-import shutil
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,53 @@ import numpy as np
 
 from rg_jax.data.dicom import read_slice
 from rg_jax.errors import UserError
-from tfds_builders.refrad2d.files import SPLITS, Places, read_split
+from tfds_builders.refrad2d.files import COLUMNS, SPLITS, Places, id_column, read_split
 from tools.stages import Summary, read_json, write_aside, write_bytes
 
 Kept = dict[str, dict[str, Any]]  # kind → {id: result}
 Splits = dict[str, dict[str, dict[str, list[str]]]]  # kind → split → {caption: ids}
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy aside, then rename; nothing if the target is this very content already."""
-    with write_aside(target) as aside:
-        shutil.copyfile(source, aside)
-        # The time tells a rerun that nothing changed.
-        state = source.stat()
-        os.utime(aside, ns=(state.st_atime_ns, state.st_mtime_ns))
+def write_reports(source: Path, target: Path, modality_of: Mapping[str, str]) -> None:
+    """The rows and columns of a parquet that the layout has: no other slice, nothing beside it.
+
+    `modality_of`: the slices that are kept; "CT" or "MR", as builders want it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source) as file:
+        key = id_column(file.schema_arrow)
+        columns = [name for name in (key, *COLUMNS) if name in file.schema_arrow.names]
+        fields = {name: file.schema_arrow.field(name).remove_metadata() for name in columns}
+        fields |= {
+            key: pa.field("rsopid", pa.string()),
+            "modality": pa.field("modality", pa.string()),
+        }
+        schema = pa.schema([fields[name] for name in columns])
+        wanted = pa.array(list(modality_of), pa.string())
+        written: set[str] = set()
+        with write_aside(target) as aside, pq.ParquetWriter(aside, schema) as writer:
+            for batch in file.iter_batches(columns=columns):
+                rows = batch.select(columns)
+                rows = rows.filter(pc.is_in(rows.column(key).cast(pa.string()), wanted))
+                ids = rows.column(key).cast(pa.string()).to_pylist()
+                # An equal row may stand there twice.
+                first = [id_ not in written and not written.add(id_) for id_ in ids]
+                rows, ids = rows.filter(pa.array(first, pa.bool_())), list(compress(ids, first))
+                made = {key: ids, "modality": [modality_of[id_] for id_ in ids]}
+                arrays = [
+                    pa.array(made[name], pa.string()) if name in made else rows.column(name)
+                    for name in columns
+                ]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 def take_splits(folder: Path, kept: Kept, summaries: list[Summary]) -> Splits:
     """The given split JSONs without the slices that are not kept, and without empty captions."""
     splits: Splits = {}
-    whose: dict[str, set[str]] = {}
+    whose: dict[str, dict[str, str]] = {}  # patient → split → one of the slices
     for (kind, results), summary in zip(kept.items(), summaries, strict=True):
         splits[kind] = {}
         seen: set[str] = set()
@@ -48,11 +74,14 @@ def take_splits(folder: Path, kept: Kept, summaries: list[Summary]) -> Splits:
                     filtered[caption] = left
                 seen.update(left)
                 for id_ in left:
-                    whose.setdefault(results[id_]["patient"], set()).add(split)
+                    whose.setdefault(results[id_]["patient"], {}).setdefault(split, id_)
             splits[kind][split] = filtered
         summary.note("kept, but in no split", "", len(results.keys() - seen))
-    leaking = sorted(patient for patient, found in whose.items() if len(found) > 1)
-    summaries[-1].note("patients in several splits", ", ".join(leaking[:3]), len(leaking))
+    # Told by their slices: who the patients are stays out of the output.
+    leaking = sorted(" and ".join(found.values()) for found in whose.values() if len(found) > 1)
+    summaries[-1].note(
+        "patients in several splits, which no build takes", ", ".join(leaking[:3]), len(leaking)
+    )
     return splits
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rg_jax.errors import UserError
 from rg_jax.grounding.anatomy import id_of
 from rg_jax.grounding.cleaning import clean_text
+from rg_jax.grounding.contradictions import contradiction
 from rg_jax.grounding.spans import find_mentions
 from tools.stages import read_json
 
@@ -50,7 +51,7 @@ class Mentions:
 
 
 def kept_mentions(
-    text: str, mentions: dict[str, str], present: set[int], notes: list[str]
+    text: str, mentions: dict[str, str], present: set[int], notes: list[str], language: str
 ) -> list[list[Any]]:
     """[[mention, class name, id]] of the mentions that stand in the text and have a place."""
     kept = []
@@ -60,7 +61,9 @@ def kept_mentions(
         except ValueError:
             notes.append("mention of an unknown class dropped")
             continue
-        if class_id not in present:
+        if reason := contradiction(mention, name, language):
+            notes.append(f"{reason}: dropped")
+        elif class_id not in present:
             notes.append("mention without a place dropped")
         elif not any(
             find_mentions(form, [(mention, class_id)], present, ignore_case=True)

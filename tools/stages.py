@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 
 from rg_jax.cli import FULL, stop
 from rg_jax.errors import UserError
+from tfds_builders.refrad2d.files import each_once
 
 T = TypeVar("T")
 
@@ -102,9 +103,12 @@ def write_json_items(path: str | os.PathLike, items: Iterable[tuple[str, Any]]) 
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file. UserError naming the file if it is missing or damaged."""
+    """The content of a JSON file. UserError naming the file if it is missing or damaged.
+
+    Damaged is also an object that names two of its entries alike.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=each_once)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -305,6 +309,27 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._starts))
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Take results out of the file for good; by a whole new one that takes its place."""
+        if not (gone := set(keys)):
+            return
+        with write_aside(self.path) as aside, aside.open("wb") as file:
+            self._file.seek(0)
+            file.write(self._file.readline())
+            starts = {}
+            for key, start in self._starts.items():
+                if key not in gone:
+                    starts[key] = file.tell()
+                    self._file.seek(start)
+                    file.write(self._file.readline())
+        self._file.close()
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        _lock(self._file, self.path)
+        self._starts = starts
 
     def add(self, key: str, value: Any) -> None:
         """Keep the result of an item; it survives the process from here on."""

@@ -352,7 +352,7 @@ def from_findings(
     answers = endpoint.ask_all(requests, update)
     for (told, caption, _), answer in zip(wanted, answers, strict=True):
         if isinstance(answer, Failure):
-            summary.leave_out(texts.reason_of(answer), texts.token_of(caption))
+            summary.fail(texts.reason_of(answer), texts.token_of(caption))
         else:
             told["snippet_vqa"] = answer.value
             summary.keep("captions with five pairs by the model")

@@ -1,15 +1,21 @@
 """Which elements of a DICOM header may identify someone.
 
 Told by keyword, never by value: the answer goes into reports and logs. It follows the basic
-confidentiality profile of DICOM PS3.15 as far as its elements occur in images. It cannot see what
-is burned into the pixels or stands in free text of other elements. What private elements hold
-nobody can tell by keyword: that there are any is told.
+confidentiality profile of DICOM PS3.15 in what can name a patient, a person, a day or a place;
+UIDs, ages and plain descriptions are left to an anonymiser. It cannot see what is burned into the
+pixels. What private elements hold nobody can tell by keyword: that there are any is told.
 """
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
+# A name with what stands before it; where else a text holds one nobody can tell.
+NAME_IN_TEXT = (
+    r"\b(?:Dr|Prof)\.\s?(?:med\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
+    r"|\b(?:Herrn?|Frau|Mr\.?|Mrs\.?|Ms\.?)\s(?:Dr\.\s?)?[A-ZÄÖÜ][a-zäöüß]+"
+    r"|\b(?:Patient(?:in)?|[Nn]ame)\s?:\s?[A-ZÄÖÜ][a-zäöüß]+"
+)
 # Names of people (VR PN) and dates (DA, DT) count wherever they stand and are not listed.
 KEYWORDS = frozenset(
     (
@@ -27,8 +33,14 @@ KEYWORDS = frozenset(
         *("ReferringPhysicianAddress", "ReferringPhysicianTelephoneNumbers"),
         *("PlacerOrderNumberImagingServiceRequest", "FillerOrderNumberImagingServiceRequest"),
         *("ImageComments", "RequestedProcedureComments", "StudyComments", "VisitComments"),
+        *("StudyID", "InsurancePlanIdentification", "ServiceEpisodeID", "RequestedProcedureID"),
+        *("PerformedProcedureStepID", "ScheduledProcedureStepID"),
+        *("OverlayData", "OverlayComments", "CurveData"),
+        *("SourceApplicationEntityTitle", "PrivateInformation"),  # of the file meta
     )
 )
+_TEXTS = ("LO", "SH", "ST", "LT", "UT", "UC")
+_NAMED = re.compile(NAME_IN_TEXT)
 _PSEUDONYMS = ("PatientName", "PatientID", "OtherPatientIDs")
 # What an anonymiser writes into a name or an id: one such word, and digits. More than three digits
 # without a word are what hospitals number their patients with.
@@ -55,7 +67,8 @@ _DUMMY_DATES = ("19000101", "00000000", "00010101")
 def identifying_keywords(dataset: Any) -> tuple[str, ...]:
     """The keywords, sorted, of all elements of a pydicom data set that may identify someone.
 
-    `PRIVATE` stands for all private elements that hold something.
+    `PRIVATE` stands for all private elements that hold something. Other texts (descriptions,
+    names of protocols) count where a name stands in them ("Dr. …", "Frau …").
 
     Empty elements and what anonymisers leave ("ANON^0006", "Anonymous", 1900-01-01) do not
     count. Where the header says that the identity was removed, a name or an id counts as a
@@ -63,9 +76,8 @@ def identifying_keywords(dataset: Any) -> tuple[str, ...]:
     Elements inside sequences are looked at too.
     """
     removed = str(dataset.get("PatientIdentityRemoved") or "").upper() == "YES"
-    found = {
-        keyword for keyword, value in _elements(dataset) if not _harmless(keyword, value, removed)
-    }
+    elements = [*_elements(dataset), *_elements(getattr(dataset, "file_meta", None) or {})]
+    found = {keyword for keyword, value in elements if not _harmless(keyword, value, removed)}
     if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES":
         found.add("BurnedInAnnotation")
     return tuple(sorted(found))
@@ -94,7 +106,7 @@ def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
     for tag in list(dataset.keys()):
         if tag.is_private:
             # Elements up to 00FF name who may write into the others.
-            if tag.element > 0xFF and _holds_something(dataset, tag):
+            if tag.element > 0xFF and _raw(dataset, tag):
                 yield PRIVATE, "not looked at"
             continue
         # Raw elements know their VR (implicit files: the dictionary does): most of a header is
@@ -104,6 +116,8 @@ def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
         except KeyError:
             continue
         if vr not in ("SQ", "PN", "DA", "DT") and keyword not in KEYWORDS:
+            if vr in _TEXTS and _NAMED.search(_raw(dataset, tag)):
+                yield keyword, "holds a name"
             continue
         try:
             value = dataset[tag].value
@@ -117,13 +131,12 @@ def _elements(dataset: Any) -> Iterator[tuple[str, str]]:
             yield keyword, text
 
 
-def _holds_something(dataset: Any, tag: Any) -> bool:
-    value = dataset.get_item(tag).value  # as it lies in the file: a private one need not be parsed
+def _raw(dataset: Any, tag: Any) -> str:
+    """An element as it lies in the file, which takes no parsing; empty if it holds nothing."""
+    value = dataset.get_item(tag).value
     if isinstance(value, bytes):
-        return bool(value.strip(b" \0"))
-    return (
-        value is not None and value != "" and len(value if hasattr(value, "__len__") else "1") > 0
-    )
+        value = value.decode("utf-8", "replace")
+    return "" if value is None else str(value).strip(" \0")
 
 
 def _harmless(keyword: str, value: str, removed: bool) -> bool:
@@ -131,5 +144,8 @@ def _harmless(keyword: str, value: str, removed: bool) -> bool:
         if _PLACEHOLDER.fullmatch(value):
             return True
         # What holds no digit may be a name, also where an id belongs.
-        return removed and keyword in _PSEUDONYMS and may_be_pseudonym(value)
+        pseudonym = may_be_pseudonym(value) and not may_be_hospital_number(value)
+        return removed and keyword in _PSEUDONYMS and pseudonym
+    if keyword.endswith(("ID", "Title")) and _PLACEHOLDER.fullmatch(value):
+        return True
     return value in _DUMMY_DATES or value[:8] in _DUMMY_DATES

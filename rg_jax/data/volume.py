@@ -56,6 +56,7 @@ def read_nifti(path: str | Path, modality: str = "") -> Volume:
         image = kind.from_bytes(content)
         array = np.asanyarray(image.dataobj)
         affine = np.asarray(image.affine, np.float64)
+        placed = int(image.header["sform_code"]) or int(image.header["qform_code"])
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (
@@ -65,6 +66,11 @@ def read_nifti(path: str | Path, modality: str = "") -> Volume:
         raise UserError(
             f"{path}: cannot be read as NIfTI ({' '.join(str(error).split())})"
         ) from error
+    if not placed:  # nibabel would make an orientation up
+        raise UserError(
+            f"{path}: does not say how it lies (sform_code and qform_code are 0), so left may be"
+            " right; write it again with its orientation, or give the DICOM series"
+        )
     if array.dtype.fields is not None or not np.issubdtype(array.dtype, np.number):
         raise UserError(f"{path}: holds {array.dtype}, not one number per voxel")
     if any(length != 1 for length in array.shape[3:]):

@@ -1,5 +1,6 @@
 """refrad2d: a made-up folder in the official layout through the builder."""
 
+import io
 import json
 import shutil
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import mini_refrad2d as mini
 import numpy as np
+import pydicom
 import pytest
 import tensorflow_datasets as tfds
+import zstandard
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from rg_jax.data import record
 from rg_jax.data.sources import open_source
@@ -389,7 +393,25 @@ def test_headers_are_read_without_the_pixels(source, monkeypatch):
     found = files.belongings(path)
     assert found["patient"] == "ANON-0001" and "image" in found
     path.write_bytes(path.read_bytes()[:40])
-    assert files.belongings(path) == {} == files.belongings(source / "none")
+    assert files.belongings(path) is None and files.belongings(source / "none") is None
+
+
+@pytest.mark.parametrize("form", ["long private element", "deflated"])
+def test_whose_slice_it_is_stands_anywhere_in_the_header(source, form):
+    """A patient who is not found would be in two splits without a word."""
+    path = mini.dicom_path(source, "aaaa11111111")
+    made = pydicom.dcmread(io.BytesIO(zstandard.decompress(path.read_bytes())))
+    if form == "deflated":
+        made.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        made.PixelData = np.random.default_rng(0).bytes(len(made.PixelData) * 400)
+        made.Rows *= 20
+        made.Columns *= 20
+    else:
+        made.private_block(0x0009, "SOMEBODY", create=True).add_new(1, "OB", bytes(200_000))
+    out = io.BytesIO()
+    pydicom.dcmwrite(out, made)
+    path.write_bytes(zstandard.compress(out.getvalue()))
+    assert files.belongings(path)["patient"] == "ANON-0001"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rg_jax.errors import UserError
 from rg_jax.grounding.anatomy import NUM_CLASSES
 from tfds_builders.doubts import Finding, doubts, guarded
 from tfds_builders.problems import Problem
+from tfds_builders.splits import level
 
 LEAK = "leakage between splits"
 
@@ -94,7 +95,7 @@ class Seen:
         image = item["image"]
         if image.min() == image.max():  # blank pictures are alike without being the same
             return
-        key = _digest(f"{image.shape} {image.dtype}".encode(), image.tobytes())
+        key = _digest(f"{image.shape} {image.dtype}".encode(), level(image).tobytes())
         other, record_id = self.images.setdefault(key, (split, name))
         if other != split:
             yield (

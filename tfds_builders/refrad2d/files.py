@@ -7,6 +7,7 @@ refrad2d_segment/refrad2d_sampled_dataset_v3_{ct,mr}.json   slices for grounded 
 split_v18/generated/filtered_{ct,mr}_splits/snippet2rsopids_{train,val,test}_{ct,mr}_only.json
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,6 +20,8 @@ from rg_jax.errors import UserError
 SPLITS = ("train", "val", "test")
 STRUCTS = {"en": "english", "de": "german"}
 KEYWORDS = {"en": "keywords_eng", "de": "keywords_de"}
+# Of the parquet, beside the id.
+COLUMNS = ("modality", "body_part", *STRUCTS.values())
 # Where mask and sampled paths of an index are cut if they were written on another machine.
 SEGMENT_FOLDER = "refrad2d_segment"
 # The tags that say whose slice it is stand at the beginning of the header.
@@ -69,13 +72,29 @@ class Places:
         return str(path.relative_to(self.source)) if path.is_relative_to(self.source) else str(path)
 
 
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file (its `object_pairs_hook`). ValueError if two entries have one name.
+
+    Python would drop all but the last. The name is not quoted: it may be a sentence of a report.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        number = next(i for i, (key, _) in enumerate(pairs, 1) if key in seen or seen.add(key))
+        raise ValueError(f"entry {number} of an object has the name of an earlier one")
+    return found
+
+
 def read_json(path: Path, kind: type) -> Any:
-    """The content of a JSON file, a dict or a list. Raises UserError naming the file."""
+    """The content of a JSON file, a dict or a list. Raises UserError naming the file.
+
+    Also where an object names two of its entries alike, see `each_once`.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, kind):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a {kind.__name__}")
@@ -104,6 +123,8 @@ def read_split(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 class Reports:
     """The parquet: one row per slice, by its id. The columns stay packed in memory.
 
+    `repeated`: ids of several rows that differ; `foreign`: columns that the layout does not have.
+
     Raises UserError for a file that is none, or that lacks a column.
     """
 
@@ -119,7 +140,7 @@ class Reports:
         try:
             with pq.ParquetFile(path) as file:
                 known = file.schema_arrow.names
-                key = _id_column(file.schema_arrow)
+                key = id_column(file.schema_arrow)
                 for column in wanted:
                     if column not in known and column != "body_part":
                         other = [code for code, name in STRUCTS.items() if name in known]
@@ -127,6 +148,7 @@ class Reports:
                         raise UserError(
                             f"{path}: has no column {column}{hint}; it has {', '.join(known)}"
                         )
+                self.foreign = [name for name in known if name not in (key, *COLUMNS)]
                 columns = [key, *(column for column in wanted if column in known)]
                 self._table = file.read(columns=columns).combine_chunks()
         except FileNotFoundError:
@@ -155,7 +177,7 @@ class Reports:
         return None if row is None else self._at(row)
 
 
-def _id_column(schema: Any) -> str:
+def id_column(schema: Any) -> str:
     """The column of the ids: `rsopid`, or what pandas wrote its index to."""
     if "rsopid" in schema.names:
         return "rsopid"
@@ -170,10 +192,10 @@ def _id_column(schema: Any) -> str:
     )
 
 
-def belongings(path: Path) -> dict[str, str]:
+def belongings(path: Path) -> dict[str, str] | None:
     """{"patient", "study", "image": key} of a slice, from its header; what is absent is left out.
 
-    Empty for a file that cannot be read: that shows when its pixels are.
+    None for a file that cannot be read: that shows when its pixels are.
     """
     try:
         import pydicom
@@ -183,12 +205,16 @@ def belongings(path: Path) -> dict[str, str]:
             f'slices need the package {error.name}: pip install -e ".[data]"'
         ) from error
     keywords = {"patient": "PatientID", "study": "StudyInstanceUID", "image": "SOPInstanceUID"}
-    try:
+
+    def read(size: int) -> tuple[dict[str, str], bool]:
+        """(keys, whether the file holds more) by its first bytes; a negative size: all of them."""
         with path.open("rb") as file:
             packed = file.read(4) == b"\x28\xb5\x2f\xfd"
             file.seek(0)
             stream = zstandard.ZstdDecompressor().stream_reader(file) if packed else file
-            head = stream.read(_HEAD_BYTES)
+            head = stream.read(size)
+        if not head:
+            raise EOFError
         with pydicom.config.disable_value_validation():
             header = pydicom.dcmread(
                 io.BytesIO(head),
@@ -197,6 +223,13 @@ def belongings(path: Path) -> dict[str, str]:
                 specific_tags=list(keywords.values()),
             )
             found = {kind: str(header.get(name) or "").strip() for kind, name in keywords.items()}
-    except Exception:  # a damaged file fails in any way; it is told of when it is read whole
-        return {}
-    return {kind: key for kind, key in found.items() if key}
+        return {kind: key for kind, key in found.items() if key}, len(head) == size
+
+    # A damaged file fails in any way; it is told of when it is read whole.
+    with contextlib.suppress(Exception):
+        found, more = read(_HEAD_BYTES)
+        if not more or len(found) == len(keywords):
+            return found
+    with contextlib.suppress(Exception):  # long private elements, or a header that is compressed
+        return read(-1)[0]
+    return None

@@ -131,9 +131,14 @@ class Builder(common.RecordBuilder):
         for slice_id in self._reports.repeated:
             name = places.name(places.parquet)
             self.report(Problem("duplicate id", name, f"rows of {slice_id} differ", harmful=True))
+        for column in self._reports.foreign:
+            name = places.name(places.parquet)
+            text = f"{column}: nothing of it goes into records"
+            self.report(Problem("column that the layout does not have", name, text, harmful=False))
         self._index: dict[str, dict[str, Any]] = {}
         self._sampled: dict[str, tuple[str, dict[str, Any]]] = {}
         self._modality: dict[str, str] = {}
+        self._without_index: set[str] = set()
         self._key = self._group_key() if config.hash_groups else b""
         self._pool = parallel.Pool(config.workers)
         try:
@@ -148,7 +153,13 @@ class Builder(common.RecordBuilder):
         self._seconds, self._done = 0.0, 0
         made, self._ids = {}, {}
         for split in files.SPLITS:
-            ids = [member.id for member in kept if member.split == split]
+            # Without its index each slice would be a problem of its own.
+            ids = [
+                member.id
+                for member in kept
+                if member.split == split
+                and self._modality.get(member.id) not in self._without_index
+            ]
             if ids:
                 self._ids[split] = ids
                 made[split] = self._records(split, ids)
@@ -210,8 +221,9 @@ class Builder(common.RecordBuilder):
                 )
             self.notes += [f"{name} is not there: no such split" for name in missing]
             index = self.or_problem(files.read_json, places.index(kind), dict)
-            if index is None:
-                continue  # a data check: without it each slice would be a problem of its own
+            if index is None:  # a data check: leaks are looked for, but no record can be made
+                self._without_index.add(kind)
+                index = {}
             self._index[kind] = index
             for split, path in paths.items():
                 if path.is_file():
@@ -275,9 +287,11 @@ class Builder(common.RecordBuilder):
         """What the headers of the slices say: {slice id: {"patient", "study", "image"}}."""
         paths = [(slice_id, self._places.dicom(slice_id)) for slice_id in ids if slice_id]
         parts = [paths[at : at + HEADERS_PER_JOB] for at in range(0, len(paths), HEADERS_PER_JOB)]
-        found: dict[str, dict[str, str]] = {}
+        read: dict[str, dict[str, str] | None] = {}
         for part in self._pool.map(_headers, parts):
-            found.update(part)
+            read.update(part)
+        # What cannot be read is told of when its pixels are.
+        found = {slice_id: keys for slice_id, keys in read.items() if keys is not None}
         without = sum("patient" not in keys for keys in found.values())
         if without and self.builder_config.group_by == "patient":
             self.counts["slices without PatientID, grouped by scan"] += without
@@ -386,5 +400,5 @@ class Builder(common.RecordBuilder):
         )
 
 
-def _headers(part: list[tuple[str, Path]]) -> dict[str, dict[str, str]]:
+def _headers(part: list[tuple[str, Path]]) -> dict[str, dict[str, str] | None]:
     return {slice_id: files.belongings(path) for slice_id, path in part}

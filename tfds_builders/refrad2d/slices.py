@@ -133,7 +133,7 @@ def _slice(options: Options, job: Job, problems: list[Problem]) -> Record:
         return record
     record["segmentation"], boxes = _places_on(options, job, read.pixels.shape, problems)
     for language, fields in record["texts"].items():
-        mentions = texts.mentions_of(job.entry, language, place)
+        mentions = texts.mentions_of(job.entry, language, place, problems.append)
         record["entities"] += texts.entities_of(
             fields["caption"], mentions, boxes, language, place, problems.append
         )
@@ -263,7 +263,7 @@ def _places_on(options: Options, job: Job, shape: tuple[int, ...], problems: lis
         boxes = on_mask
     unlike = [c for c in sorted(boxes.keys() | on_mask.keys()) if boxes.get(c) != on_mask.get(c)]
     if unlike:
-        text = f"{place}: class {', '.join(map(str, unlike[:5]))}: box and mask differ"
+        text = f"class {', '.join(map(str, unlike[:5]))}: box and mask differ"
         problems.append(Problem(UNLIKE, place, text, False))
     return mask, boxes
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rg_jax.grounding.anatomy import id_of
 from rg_jax.grounding.cleaning import clean_text
+from rg_jax.grounding.contradictions import contradiction
 from rg_jax.grounding.spans import find_mentions
 from tfds_builders.letters import broken_letters
 from tfds_builders.problems import Found, Problem
@@ -107,10 +108,13 @@ def _whole(text: str, place: str, raw: bool = False) -> str:
     return text
 
 
-def mentions_of(entry: dict[str, Any], language: str, where: str) -> list[tuple[str, int]]:
+def mentions_of(
+    entry: dict[str, Any], language: str, where: str, report: Report
+) -> list[tuple[str, int]]:
     """The (mention, class id) pairs that the index lists for a language.
 
-    Problems name a mention by its number in the list: words of a report do not leave the data.
+    Those whose own words name another class or side are told and left out. Problems name a mention
+    by its number in the list: words of a report do not leave the data.
     """
     mentions = []
     for number, row in enumerate(entry.get(KEYWORDS[language]) or ()):
@@ -128,6 +132,9 @@ def mentions_of(entry: dict[str, Any], language: str, where: str) -> list[tuple[
                 where,
                 f"{place}: class {name} has id {known}, not {class_id}",
             )
+        if reason := contradiction(mention, str(name), language):
+            report(Problem(f"{reason}, left out", where, f"{place}: class {name}", False))
+            continue
         mentions.append((mention, known))
     return mentions
 
