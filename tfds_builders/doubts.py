@@ -16,7 +16,7 @@ import numpy as np
 from rg_jax.data import record
 from rg_jax.data.identifying import NAME_IN_TEXT
 from rg_jax.data.record import Record
-from rg_jax.grounding.anatomy import NUM_CLASSES, SEGMENTED_IN
+from rg_jax.grounding.anatomy import NUM_CLASSES
 from rg_jax.grounding.boxes import boxes_of_mask, iou
 from rg_jax.grounding.spans import has_marks
 from tfds_builders.letters import broken_letters, is_learnt, texts_of
@@ -123,14 +123,6 @@ def _cut_words(item: Record) -> Iterator[Finding]:
                 break
 
 
-def _classes(item: Record) -> Iterator[Finding]:
-    known = SEGMENTED_IN.get(item["modality"])
-    strange = sorted({e["class_id"] for e in item["entities"]} - {0} - (known or set()))
-    if known and strange:
-        text = f"class {', '.join(map(str, strange[:5]))} is not segmented in {item['modality']}"
-        yield "class of another modality", text, False
-
-
 def _answers(item: Record) -> Iterator[Finding]:
     for index, row in enumerate(item["qa"]):
         answer = row["answer"].strip().rstrip(".").casefold()
@@ -171,10 +163,7 @@ def _look_at(text: str) -> tuple[str, bool, list[tuple[str, int]]]:
     return broken_letters(text), has_marks(text), personal(text)
 
 
-_DOUBTS_BUT_PLACES = (
-    *(_spacing, _pixels, _classes, _cut_words),
-    *(_answers, _nothing_to_learn, _texts),
-)
+_DOUBTS_BUT_PLACES = (_spacing, _pixels, _cut_words, _answers, _nothing_to_learn, _texts)
 _DOUBTS = (_places, *_DOUBTS_BUT_PLACES)
 
 

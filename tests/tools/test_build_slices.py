@@ -1,5 +1,7 @@
 """Stage d: volumes, masks, mentions, reports → the official layout, whatever interrupts it."""
 
+import gzip
+import io
 import json
 import os
 import shutil
@@ -7,8 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydicom
 import pytest
+import zstandard
 
 from rg_jax.data.dicom import read_slice
 from rg_jax.errors import UserError
@@ -222,6 +229,98 @@ def test_existing_slices_are_taken_as_they_are(built, archive, tmp_path):
     ct, mr = build(archive, tmp_path / "other", f"--dicom_dir={wrong}")
     assert set(entries(tmp_path / "other")) == {"aa01"}
     assert ct.left_out["slice file unlike its place in the volume"] == 4
+
+
+def test_a_name_in_a_slice_file_is_not_learnt(built, archive, tmp_path, capsys):
+    """The file is taken as it is; the journal and the summary know the patient by a hash."""
+    dicoms = shutil.copytree(built[0] / "dicoms_anon", tmp_path / "dicoms")
+    for id_ in ("aa01", "aa02"):
+        path = dicoms / id_[:2] / f"{id_}.dcm.zst"
+        made = pydicom.dcmread(io.BytesIO(zstandard.decompress(path.read_bytes())))
+        made.PatientID = "Doe^Jane^1960"
+        out = io.BytesIO()
+        pydicom.dcmwrite(out, made)
+        path.write_bytes(zstandard.compress(out.getvalue()))
+    folder = tmp_path / "splits" / "ct_splits"
+    folder.mkdir(parents=True)
+    mr = tmp_path / "splits" / "mr_splits"
+    mr.mkdir()
+    for split, ids in {"train": ["aa01"], "val": [], "test": ["aa02"]}.items():
+        name = f"snippet2rsopids_{split}_%s_only.json"
+        (folder / (name % "ct")).write_text(json.dumps({SENTENCE[0]: ids}))
+        (mr / (name % "mr")).write_text("{}")
+    flags = [f"--dicom_dir={dicoms}", f"--splits={tmp_path / 'splits'}"]
+    build_slices.main([f"--root={archive}", f"--out={tmp_path / 'out'}", *flags])
+    told = capsys.readouterr().out
+    assert "patients in several splits, which no build takes: 1 (aa01 and aa02)" in told
+    assert "Doe" not in told and "Jane" not in told
+    for path in (tmp_path / "out").rglob("*.json*"):
+        assert "Jane" not in path.read_text(), path
+
+
+def test_the_reports_of_other_slices_and_other_columns_stay_behind(own_archive, tmp_path):
+    path = own_archive / "refrad2d_vqa_dataset.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        row["PatientName"] = "Doe^Jane"
+        row["modality"] = row["modality"].lower()
+    rows.append({**rows[0], "rsopid": "zz99", "body_part": "Mrs. Doe"})
+    pq.write_table(pa.Table.from_pylist(rows, schema=None), path)
+    build(own_archive, tmp_path / "out")
+    made = pq.read_table(tmp_path / "out" / path.name)
+    assert made.column_names == ["rsopid", "modality", "body_part", "english", "german"]
+    assert set(made.column("rsopid").to_pylist()) == KEPT == set(entries(tmp_path / "out"))
+    assert set(made.column("modality").to_pylist()) == {"CT", "MR"}
+
+
+def test_two_reports_of_a_slice_that_differ(own_archive, tmp_path):
+    path = own_archive / "refrad2d_vqa_dataset.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows += [{**rows[0], "body_part": "LEG"}, rows[1]]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    ct, _ = build(own_archive, tmp_path / "out")
+    assert ct.left_out["reports that differ"] == 1
+    assert set(entries(tmp_path / "out")) == KEPT - {rows[0]["rsopid"]}
+    ids = pq.read_table(tmp_path / "out" / path.name).column("rsopid").to_pylist()
+    assert len(ids) == len(set(ids))
+
+
+def test_a_withdrawn_scan_leaves_nothing_behind(own_archive, tmp_path):
+    out = tmp_path / "out"
+    build(own_archive, out)
+    index = own_archive / "scans_index_ct.json"
+    scans = json.loads(index.read_text())
+    gone = set(scans.pop("one")["slices"])
+    index.write_text(json.dumps(scans))
+    build(own_archive, out, "--limit=1")  # a look at a part removes nothing
+    assert (out / "dicoms_anon/aa/aa01.dcm.zst").exists()
+    summaries = build(own_archive, out)
+    assert summaries[-1].noted["slices of an earlier run removed"] == len(gone & KEPT)
+    assert set(entries(out)) == KEPT - gone
+    left = {path.name.partition(".")[0] for path in out.rglob("*") if path.is_file()}
+    assert not left & gone
+    for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):
+        assert not [id_ for id_ in gone if id_ in path.read_text()], path
+    again = tmp_path / "again"
+    build(own_archive, again)
+    for path in again.rglob("*"):
+        if path.is_file() and path.suffix != ".jsonl":
+            assert (out / path.relative_to(again)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_volume_that_does_not_say_how_it_lies_is_left_out(own_archive, tmp_path):
+    path = own_archive / "scans/one/scan_clean.nii.gz"
+    image = nibabel.load(path)
+    made = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    made.header.set_sform(None, 0)
+    made.header.set_qform(None, 0)
+    data = bytearray(made.to_bytes())
+    data[252:256] = bytes(4)  # qform_code, sform_code
+    path.write_bytes(gzip.compress(bytes(data)))
+    ct, _ = build(own_archive, tmp_path / "out")
+    assert ct.left_out["unreadable file"] == sum(scan == "one" for scan, *_ in SLICES.values())
+    assert "does not say how it lies" in str(ct.places["unreadable file"])
 
 
 def copy(archive, folder):
@@ -467,7 +566,6 @@ def own_archive(archive, tmp_path):
 
 def test_an_archive_of_one_modality_and_one_language(own_archive, tmp_path, capsys):
     """What is missing is named with the flag that leaves it out."""
-    import pyarrow.parquet as pq
 
     given = [f"--root={own_archive}", f"--out={tmp_path / 'out'}"]
     (own_archive / "scans_index_mr.json").unlink()

@@ -10,7 +10,7 @@ import numpy as np
 from rg_jax.data import dicom
 from rg_jax.data.record import Record, encode
 from rg_jax.errors import UserError
-from rg_jax.grounding.anatomy import NUM_CLASSES, absent_classes, display
+from rg_jax.grounding.anatomy import NUM_CLASSES, SEGMENTED_IN, absent_classes, display
 from rg_jax.grounding.boxes import boxes_of_mask, check_box, union_box
 from rg_jax.grounding.prompts import grounded_questions
 from tfds_builders import packed, splits
@@ -251,6 +251,9 @@ def _places_on(options: Options, job: Job, shape: tuple[int, ...], problems: lis
     place, places = f"{job.index}: {job.id}", options.places
     entry = job.entry or {}
     boxes = _boxes(entry.get("bboxes"), shape, place, problems)
+    if strange := sorted(boxes.keys() - SEGMENTED_IN[job.modality]):
+        text = f"class {', '.join(map(str, strange[:5]))} is not segmented in {job.modality}"
+        problems.append(Problem("class of another modality", place, text, False))
     written = entry.get("segment_slice_path")
     if not written:
         problems.append(Problem("slice without mask", place, "no segment_slice_path", False))
