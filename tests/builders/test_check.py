@@ -117,6 +117,24 @@ def lost_in_a_question(item):
     item["qa"][0]["question"] = "Is it da\ufffdk?"
 
 
+def intercept_forgotten(item):
+    """HU from -1024 on, told as if they were stored values: a few pixels of noise below zero."""
+    values = item["image"].astype(np.float64) * item["rescale"][0] + item["rescale"][1] + 1024
+    values.flat[0] = -40
+    item["image"], item["rescale"] = np.rint(values).astype(np.int16), (1.0, 0.0)
+    item["modality"] = "CT"
+
+
+def maybe(item):
+    item["qa"][0] |= {"type": "yesno", "answer": "Maybe three."}
+    item["entities"] = [e for e in item["entities"] if e["field"] != "qa/0/answer"]
+
+
+def none_of_the_choices(item):
+    item["qa"][0] |= {"type": "multiple", "answer": "Paw", "choices": ["Leg", "Arm"]}
+    item["entities"] = [e for e in item["entities"] if e["field"] != "qa/0/answer"]
+
+
 HARMFUL = {
     "span behind the text": ("span outside its text", first_entity(end=5000)),
     "span that is empty": ("span outside its text", first_entity(start=4, end=4)),
@@ -157,6 +175,9 @@ HARMLESS = {
     "mark": ("looks like a grounding mark", caption("Die <loc0001> Leber.")),
     "lost letter in a question": ("encoding damage", lost_in_a_question),
     "half a word": ("span cuts a word", half_a_word),
+    "intercept": ("implausible CT values", intercept_forgotten),
+    "yes or no": ("yes/no question with another answer", maybe),
+    "choices": ("answer that is none of the choices", none_of_the_choices),
 }
 
 

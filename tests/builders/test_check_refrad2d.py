@@ -449,6 +449,79 @@ def test_real_layout_with_all_defects_at_once(real, tmp_path, capsys):
     assert any(p["kind"] == "leakage between splits" and p["file"] == leak for p in problems)
 
 
+def test_a_name_twice_in_a_list_is_a_damaged_list(layout, tmp_path, capsys):
+    """Python would keep the last of the two and say nothing of the slices of the other."""
+    path = mini.split_path(layout.folder, "train", "ct")
+    (caption, ids), *_ = json.loads(path.read_text()).items()
+    twice = f"{json.dumps(caption)}: [], "
+    path.write_text(path.read_text().replace("{", "{" + twice, 1))
+    _, problems = layout.check(tmp_path / "out", templates="none")
+    (told,) = [p for p in problems if p["harmful"]]
+    assert told["kind"] == "unreadable file" and told["file"] == layout.name(path)
+    assert "entry" in told["detail"] and caption not in told["detail"]
+    with pytest.raises(UserError, match="has the name of an earlier one"):
+        layout.build(tmp_path / "data", capsys)
+
+
+def test_leaks_are_told_beside_a_damaged_index(layout, tmp_path):
+    slice_id = layout.ids("ct")[0]
+    layout.list_too("ct", slice_id, "val")
+    mini.index_path(layout.folder, "ct").write_text("{")
+    _, problems = layout.check(tmp_path / "out", templates="none")
+    kinds = [p["kind"] for p in problems if p["harmful"]]
+    assert kinds.count("unreadable file") == 1 and "leakage between splits" in kinds
+
+
+def test_mentions_that_contradict_their_class_are_told_and_left_out(layout, tmp_path, capsys):
+    slice_id = layout.ids("ct")[0]
+    entry = layout.index("ct")[slice_id]
+    class_id = entry["bboxes"][0][4]
+    mention, other = entry["keywords_eng"][0][0], "spleen" if class_id != 1 else "liver"
+    number = {"spleen": 1, "liver": 5}[other]
+
+    def change(row):
+        row["keywords_eng"] = [[mention, other, number]]
+        row["bboxes"].append([0, 0, 3, 3, number])
+
+    file = layout.edit_index("ct", slice_id, change)
+    _, problems = layout.check(tmp_path / "out", templates="none")
+    kind = "mention names another class, left out"
+    assert [(p["file"], p["harmful"]) for p in problems if p["kind"] == kind] == [(file, False)]
+    items, out = layout.build(tmp_path / "data", capsys, templates="none")
+    assert f"{kind}: 1" in out
+    english = [e for e in items[slice_id]["entities"] if e["language"] == "en"]
+    assert not [e for e in english if e["field"] == "caption"]
+
+
+def test_the_same_picture_with_another_intercept_is_the_same(layout, tmp_path, capsys):
+    first, other = layout.ids("mr")[0], layout.ids("mr", "val")[0]
+
+    def copy(header):
+        pixels = mini.stored_pixels(first) + 24
+        header.PixelData, (header.Rows, header.Columns) = pixels.tobytes(), pixels.shape
+        header.RescaleSlope, header.RescaleIntercept = 1, -24
+
+    layout.edit_dicom(other, copy)
+    _, problems = layout.check(tmp_path / "out", templates="none")
+    assert "leakage between splits" in {p["kind"] for p in problems if p["harmful"]}
+    with pytest.raises(UserError, match="same picture"):
+        layout.build(tmp_path / "data", capsys, templates="none")
+
+
+def test_columns_that_the_layout_does_not_have_are_told(layout, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = layout.folder / "refrad2d_vqa_dataset.parquet"
+    table = pq.read_table(path)
+    names = pa.array(["Doe^Jane"] * table.num_rows)
+    pq.write_table(table.append_column("PatientName", names), path)
+    report, problems = layout.check(tmp_path / "out", templates="none")
+    (told,) = [p for p in problems if p["kind"] == "column that the layout does not have"]
+    assert told["file"] == path.name and told["detail"].startswith("PatientName")
+    assert report.harmful == 0 and "Doe" not in json.dumps(problems)
+
+
 def test_damaged_lists_are_told_and_the_check_goes_on(tmp_path):
     """A split file that is no JSON, an entry that is no list: told with the file, no text of it."""
     source = tmp_path / "source"

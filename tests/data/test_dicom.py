@@ -314,6 +314,31 @@ def test_identifying_elements_in_sequences_and_ids():
     assert read_slice(hidden).identifying == ()  # told to be a pseudonym
 
 
+@pytest.mark.parametrize(
+    "elements, found",
+    [
+        ({"StudyDescription": "Verlauf Frau Mueller geb. 1960"}, ("StudyDescription",)),
+        ({"StudyDescription": "CT Thorax", "ProtocolName": "Abdomen"}, ()),
+        ({"StudyID": "4711"}, ("StudyID",)),
+        ({"StudyID": "1"}, ()),
+        ({"ServiceEpisodeID": "77-8812"}, ("ServiceEpisodeID",)),
+        ({"PatientID": "4711234", "PatientIdentityRemoved": "YES"}, ("PatientID",)),
+    ],
+)
+def test_texts_and_numbers_that_lead_to_somebody(elements, found):
+    assert read_slice(file(RAMP, **elements)).identifying == found
+
+
+def test_overlays_and_the_file_meta_are_looked_at():
+    made = dataset(RAMP)
+    made.add_new(0x60004000, "LT", "Doe Jane")
+    made.file_meta.SourceApplicationEntityTitle = "SPITAL_CT2"
+    assert read_slice(content(made)).identifying == (
+        "OverlayComments",
+        "SourceApplicationEntityTitle",
+    )
+
+
 def test_private_elements_are_told():
     made = dataset(RAMP)
     block = made.private_block(0x0029, "SOMEBODY", create=True)
