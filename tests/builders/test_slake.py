@@ -308,6 +308,10 @@ def test_a_label_whose_mask_and_box_lie_apart_gets_no_place(slake, tmp_path, cap
     # Nor is it said to be absent: it is somewhere.
     assert not any("liver" in q["question"].lower() for q in first["qa"] if q["type"] == "grounded")
     out = capsys.readouterr().out
+    report = check(
+        make_builder(Builder, SlakeConfig(), str(tmp_path / "none")), slake.write(), tmp_path
+    )
+    assert "imgs/xmlab1: mask and box of 'Liver' lie apart, neither is used" in report.notes
     assert "of these without a place, since mask and box lie apart (IoU under 0.1): 1" in out
     assert "mask and box of 'Liver' lie apart" in out
 

@@ -145,7 +145,7 @@ def check(
         if report.complete and not report.statistics.records and not report.harmful:
             take([Problem("no records", str(source or builder.name), "there is nothing to build")])
     report.builder_counts = {what: n for what, n in builder.counts.items() if n}
-    report.notes = list(builder.notes)
+    report.notes = [_below(source, note) for note in builder.notes]
     report.seconds = time.perf_counter() - started
     page.write(out, report)
     return report
@@ -206,15 +206,17 @@ def _size(builder: RecordBuilder, split: str, records: Iterable[Record], limit: 
 
 def _relative(problem: Problem, source: Path | None) -> Problem:
     """File names below the source are told from there, also within the detail."""
-    if source is None:
-        return problem
-    prefix = f"{source}{os.sep}"
     return Problem(
         problem.kind,
-        problem.file.replace(prefix, ""),
-        problem.detail.replace(prefix, ""),
+        _below(source, problem.file),
+        _below(source, problem.detail),
         problem.harmful,
     )
+
+
+def _below(source: Path | None, text: str) -> str:
+    """A text in which paths begin below the source."""
+    return text if source is None else text.replace(f"{source}{os.sep}", "")
 
 
 def _folder(path: str) -> Path:
