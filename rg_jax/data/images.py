@@ -223,8 +223,9 @@ def _resized(
     columns = _neighbours(part.shape[1], size)
     fewer = 4 * size * size < part.size
     if fewer:
-        # Whole rows first: they are copied as they lie.
-        part = part.take(np.concatenate(rows[:2]), 0).take(np.concatenate(columns[:2]), 1)
+        # Whole rows first: they are copied as they lie. "clip" looks at no index twice.
+        part = part.take(np.concatenate(rows[:2]), 0, mode="clip")
+        part = part.take(np.concatenate(columns[:2]), 1, mode="clip")
     real = _looked_up(part, style.real) if style.bent else style.real(part)
     out = np.empty((size, size, 3), np.float32)
     values = _room("values", part.shape)
