@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,8 @@ def facts_of_run(folder: Path, config: Any, step: int) -> dict[str, Any]:
     facts["image_style"] = config.data.image_style
     facts["languages"] = list(config.data.languages)
     for which in ("train", "val", "test"):
-        facts[which] = [
-            f"{part['name']} ({part['split']}): {', '.join(part['tasks'])}"
-            for part in config.data[which]
-        ]
+        facts[which] = _parts(config, which)
+    facts["earlier"] = list(dict.fromkeys(_earlier(folder, config)))
     tasks = dict.fromkeys(task for part in config.data.train for task in part["tasks"])
     facts["tasks"] = list(tasks)
     facts["prompts"] = {
@@ -60,23 +58,44 @@ def facts_of_run(folder: Path, config: Any, step: int) -> dict[str, Any]:
     return facts
 
 
-def _from_scratch(folder: Path, config: Any) -> bool:
-    """Whether nothing of another model is in these weights, through all runs that they began with.
+def _parts(config: Any, which: str) -> list[str]:
+    """The data of "train", "val" or "test", as a card names them."""
+
+    def name(part: Any) -> str:
+        return f"{part['name']}/{part['config']}" if part.get("config") else part["name"]
+
+    return [
+        f"{name(part)} ({part['split']}): {', '.join(part['tasks'])}" for part in config.data[which]
+    ]
+
+
+def _starts(folder: Path, config: Any) -> list[tuple[Path, Any] | None]:
+    """(folder, config) of the runs that a run began with; None for other weights.
 
     A run that cannot be found any more counts as another model's weights.
     """
-    for path in (config.weights, config.encoder_weights):
-        if not path:
-            continue
+    found: list[tuple[Path, Any] | None] = []
+    for path in filter(None, (config.weights, config.encoder_weights)):
         start = Path(path) if Path(path).is_absolute() else Path.cwd() / path
         try:
-            if not (start / "config.json").is_file() or start.resolve() == folder.resolve():
-                return False
-            if not _from_scratch(start, run_lib.load_config(start)):
-                return False
+            known = (start / "config.json").is_file() and start.resolve() != folder.resolve()
+            found.append((start, run_lib.load_config(start)) if known else None)
         except (OSError, UserError):
-            return False
-    return True
+            found.append(None)
+    return found
+
+
+def _from_scratch(folder: Path, config: Any) -> bool:
+    """Whether nothing of another model is in these weights, through all runs before this one."""
+    return all(start is not None and _from_scratch(*start) for start in _starts(folder, config))
+
+
+def _earlier(folder: Path, config: Any) -> Iterator[str]:
+    """What the runs before this one were trained on, the first run first."""
+    for start in _starts(folder, config):
+        if start is not None:
+            yield from _earlier(*start)
+            yield from _parts(start[1], "train")
 
 
 def model_card(source: Source, model: ModelConfig, dtype: str) -> str:
@@ -128,7 +147,8 @@ def model_card(source: Source, model: ModelConfig, dtype: str) -> str:
 def _data(facts: Mapping[str, Any]) -> list[str]:
     if "train" not in facts:
         return ["Converted from other weights: their own card says what they were trained on."]
-    rows = [f"- {which}: {part}" for which in ("train", "val", "test") for part in facts[which]]
+    rows = [f"- before, by the run it began with: {part}" for part in facts.get("earlier", ())]
+    rows += [f"- {which}: {part}" for which in ("train", "val", "test") for part in facts[which]]
     rows += [f"- languages: {', '.join(facts['languages'])}", f"- step: {facts['step']:,}"]
     return rows
 

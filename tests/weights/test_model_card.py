@@ -46,13 +46,17 @@ def test_only_the_marks_that_were_learnt(tmp_path, config, boxes, masks, both):
 
 def test_the_licence_follows_the_runs_it_began_with(tmp_path):
     """A run that began with a run from random weights derives from nobody's model."""
-    first = det.get_config("demo")
+    first = det.get_config("demo,modality=ct")
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "config.json").write_text(first.to_json())
     assert run_lib.load_config(tmp_path / "first")
-    second = det.get_config("demo")
+    second = det.get_config("demo,modality=mr")
     second.weights = str(tmp_path / "first")
-    assert "license: other" in card(tmp_path / "second", second)
+    text = card(tmp_path / "second", second)
+    assert "license: other" in text
+    # It learnt from the data of both.
+    assert "- before, by the run it began with: phantom/ct64 (train): detect" in text
+    assert "- train: phantom/mr64 (train): detect" in text
     first.weights = "paligemma2.npz"
     (tmp_path / "first" / "config.json").write_text(first.to_json())
     text = card(tmp_path / "second", second)
