@@ -5,7 +5,6 @@ the p-th part of it. For evaluation a split is taken in order, once, without dra
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,10 @@ from rg_jax.data.tasks import TASK_NAMES, Sample, get_task, make_sample
 from rg_jax.data.tokenizer import Tokenizer
 from rg_jax.errors import UserError
 from rg_jax.grounding.format import GroundingFormat
+
+# Samples of a source: more than anybody draws, and a mixture of rare sources (their number over
+# their weight) still has a length that Python can count.
+_ENDLESS = 1 << 40
 
 
 def count_usable(
@@ -68,7 +71,7 @@ def train_iterator(
     packer = Packer(tokenizer, fmt, config.text_len, config.separator)
     for part in parts:
         packer.check_room([t for t, w in part.tasks.items() if w > 0], config.languages)
-    numbers = grain.MapDataset.range(sys.maxsize)
+    numbers = grain.MapDataset.range(_ENDLESS)
     streams = [numbers.map(Order(i, p.rows, seed, p.starts)) for i, p in enumerate(parts)]
     mixed = grain.MapDataset.mix(streams, weights=[part.weight for part in parts])
     batches = mixed.map_with_index(Maker(parts, packer, config, seed)).batch(

@@ -84,6 +84,20 @@ def test_shapes_and_contents(make, tokenizer):
             assert not parsed.entities or task.name not in ("report", "vqa")
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-5])
+def test_batches_of_one(make, train, pictures, weight):
+    """The first samples are those of larger batches, also where a source is rare."""
+    sources = [
+        {"source": train, "tasks": TASKS, "weight": 1.0},
+        {"source": pictures, "tasks": {"slake": 1.0, "detect_vqa": 1.0}, "weight": weight},
+    ]
+    ones = take(make(batch_size=1, sources=sources), 4)
+    same(
+        [{k: np.concatenate([b[k] for b in ones]) for k in KEYS}],
+        take(make(batch_size=4, sources=sources), 1),
+    )
+
+
 def test_deterministic_and_seeded(make):
     first = take(make(), 5)
     same(first, take(make(), 5))
