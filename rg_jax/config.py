@@ -138,6 +138,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.accumulation={config.accumulation}: objective contrastive compares the whole "
             "batch at once; set it to 1 and choose a smaller config.batch_size"
         )
+    if config.objective == "contrastive" and config.batch_size < 2:
+        raise UserError(
+            f"config.batch_size={config.batch_size}: objective contrastive tells the pairs of a"
+            " batch apart; it needs 2 or more"
+        )
     for unit in DURATION_UNITS[:3]:
         total = config.get(f"total_{unit}")
         if total is not None and total <= 0:

@@ -226,9 +226,16 @@ def test_an_encoder_that_does_not_fit_is_named(start, phantom_dir, tiny_config, 
         first_params(config, folder)
 
 
-def test_pairs_cannot_be_accumulated(phantom_dir, tiny_config, tmp_path):
-    config = tiny_config(phantom_dir, objective="contrastive", accumulation=2, batch_size=16)
-    with pytest.raises(UserError, match="config.accumulation=2"):
+@pytest.mark.parametrize(
+    "sizes, words",
+    [
+        ({"accumulation": 2, "batch_size": 16}, "config.accumulation=2"),
+        ({"accumulation": 1, "batch_size": 1}, "config.batch_size=1: .* needs 2 or more"),
+    ],
+)
+def test_batches_that_pairs_cannot_make(phantom_dir, tiny_config, tmp_path, sizes, words):
+    config = tiny_config(phantom_dir, objective="contrastive", **sizes)
+    with pytest.raises(UserError, match=words):
         train(config, tmp_path / "run")
 
 
