@@ -157,14 +157,21 @@ def test_only_counted_tokens_are_computed(block, share, groups):
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    # Nor does anybody get one through what an uncounted token is said to cost.
-    unmasked = jax.grad(
+    assert (np.asarray(grads[0])[~np.asarray(counted)] == 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups):
+    """What it is said to cost is no cost: nobody learns from it, weighted or not."""
+    hidden, table, targets, _ = problem(shape=(3, 8))
+    counted = jnp.asarray(np.random.default_rng(1).random((3, 8)) < 0.5)
+    grad = jax.grad(
         lambda h: blockwise_token_losses(
-            h, table, targets, block_size=block, counted=counted, groups=groups
+            h, table, targets, block_size=7, counted=counted, groups=groups
         ).sum()
     )(hidden)
-    for grad in (grads[0], unmasked):
-        assert (np.asarray(grad)[~np.asarray(counted)] == 0).all()
+    assert (np.asarray(grad)[~np.asarray(counted)] == 0).all()
+    assert (np.asarray(grad)[np.asarray(counted)] != 0).any()
 
 
 def test_logits_are_made_for_the_share_that_counts():
