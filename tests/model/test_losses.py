@@ -138,7 +138,7 @@ def test_refuses_nonsense():
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("block", [7, 1000])
-def test_only_counted_tokens_are_computed(block, share, groups):
+def test_only_counted_tokens_are_computed(block, share, groups, quick_jit):
     """Values and gradients as if all were; the others cost nothing and get no gradient."""
     hidden, table, targets, _ = problem(shape=(3, 8))
     random = np.random.default_rng(1)
@@ -152,8 +152,9 @@ def test_only_counted_tokens_are_computed(block, share, groups):
         return (jnp.where(mask, losses, 0.0) * factor).sum()
 
     mask = counted
-    value, grads = jax.value_and_grad(total, (0, 1))(hidden, table, counted, groups)
-    expected, wanted = jax.value_and_grad(total, (0, 1))(hidden, table, None, 1)
+    both = quick_jit(jax.value_and_grad(total, (0, 1)), static_argnums=3)
+    value, grads = both(hidden, table, counted, groups)
+    expected, wanted = both(hidden, table, None, 1)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -161,15 +162,18 @@ def test_only_counted_tokens_are_computed(block, share, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups):
+def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups, quick_jit):
     """What it is said to cost is no cost: nobody learns from it, weighted or not."""
     hidden, table, targets, _ = problem(shape=(3, 8))
     counted = jnp.asarray(np.random.default_rng(1).random((3, 8)) < 0.5)
-    grad = jax.grad(
-        lambda h: blockwise_token_losses(
+
+    def total(h):
+        losses = blockwise_token_losses(
             h, table, targets, block_size=7, counted=counted, groups=groups
-        ).sum()
-    )(hidden)
+        )
+        return losses.sum()
+
+    grad = quick_jit(jax.grad(total))(hidden)
     assert (np.asarray(grad)[~np.asarray(counted)] == 0).all()
     assert (np.asarray(grad)[np.asarray(counted)] != 0).any()
 
