@@ -38,7 +38,7 @@ from rg_jax.data.volume import Volume, plane_of, slice_of, to_lps, union_boxes
 from rg_jax.errors import UserError
 from tfds_builders.refrad2d.files import KEYWORDS, SPLITS, STRUCTS, Places, Reports
 from tools import scans as scans_
-from tools.layout import make_splits, sampled_slices, take_splits, write_reports
+from tools.layout import SAMPLED_FOLDER, make_splits, sampled_slices, take_splits, write_reports
 from tools.mentions import Mentions, kept_mentions
 from tools.scans import Scan
 from tools.segment_volumes import checked_mask
@@ -51,6 +51,7 @@ from tools.stages import (
     fingerprint,
     need,
     progress,
+    read_json,
     write_bytes,
     write_folder_aside,
     write_json,
@@ -200,6 +201,10 @@ class Build:
                 path.unlink()
             removed += bool(paths)
         self.summaries[-1].note("slices of an earlier run removed", "", removed)
+        sampled = {name for kind in self.kinds for name in read_json(self.places.sampled(kind))}
+        for path in (self.places.segment / SAMPLED_FOLDER).rglob("*.npy"):
+            if path.stem not in sampled:
+                path.unlink()
         self.journal.forget(id_ for id_ in gone if id_ not in work)
 
     def _recorded(self, key: str) -> str | None:

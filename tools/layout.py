@@ -14,6 +14,7 @@ from rg_jax.errors import UserError
 from tfds_builders.refrad2d.files import COLUMNS, SPLITS, Places, id_column, read_split
 from tools.stages import Summary, read_json, write_aside, write_bytes
 
+SAMPLED_FOLDER = "scan_slices_v3"  # of the values of slices for grounded questions
 Kept = dict[str, dict[str, Any]]  # kind → {id: result}
 Splits = dict[str, dict[str, dict[str, list[str]]]]  # kind → split → {caption: ids}
 
@@ -181,7 +182,7 @@ def sampled_slices(
         entry = entries[id_]
         scan, axis, index = (entry[key] for key in ("scan_rserid", "slice_axis", "slice_idx"))
         name = f"{scan}_{axis}_{index:03d}"
-        path = places.segment / "scan_slices_v3" / name[:2] / f"{name}.npy"
+        path = places.segment / SAMPLED_FOLDER / name[:2] / f"{name}.npy"
         read = read_slice(places.dicom(id_))
         buffer = io.BytesIO()
         np.save(buffer, (read.pixels * read.rescale[0] + read.rescale[1]).astype(np.float32))

@@ -45,6 +45,7 @@ def side_of(name: str) -> str:
     return "" if name in ONE_SIDED else side
 
 
+@functools.lru_cache(maxsize=4096)  # reports name the same things over and over
 def contradiction(mention: str, name: str, language: str) -> str:
     """Why `mention` cannot stand for the class of this name, in a few words; "" if it can.
 
