@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rg_jax.data import record
+from rg_jax.data import planes, record
 
 TENSORS = ("image", "segmentation")
 LEVEL = 1  # of what `record.features` says is zlib
@@ -27,12 +27,13 @@ class Packed:
 def pack(item: record.Record) -> Packed:
     """Checks a record with `record.encode` and lays out its pixels. Raises UserError."""
     example = record.encode(item)
-    for name in TENSORS:
-        array = example[name]
-        value = np.ascontiguousarray(array).tobytes()
-        if name == "segmentation":
-            value = zlib.compress(value, LEVEL)
-        example[name] = {"value": value, "shape": array.shape}
+    image, segmentation = (np.ascontiguousarray(example[name]) for name in TENSORS)
+    values = (
+        image.tobytes() if image.itemsize == 1 else planes.split(image),
+        zlib.compress(segmentation.tobytes(), LEVEL),
+    )
+    for name, value in zip(TENSORS, values, strict=True):
+        example[name] = {"value": value, "shape": example[name].shape}
     return Packed(item["id"], example)
 
 

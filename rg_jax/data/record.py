@@ -69,16 +69,19 @@ def features(image_dtype: str, channels: int):
     import tensorflow_datasets as tfds  # slow to import, and only builders need it
 
     text = tfds.features.Text
-    # Pixels as they are: array_record files compress what they hold, by Zstandard, which is read
-    # three times as fast as zlib.
+    from rg_jax.data.planes import Planes
+
     tensor = tfds.features.Tensor
+    # The array_record files compress what they hold, by Zstandard, which is read three times as
+    # fast as zlib.
+    image = tensor if image_dtype == "uint8" else Planes
     # TFDS keeps float64 as float32 without a word unless the bytes are stored. A slope must come
     # back as it was.
     pair = tensor(shape=(2,), dtype=np.float64, encoding="bytes")
     return tfds.features.FeaturesDict(
         {
             "id": text(),
-            "image": tensor(
+            "image": image(
                 shape=(None, None, channels), dtype=np.dtype(image_dtype), encoding="bytes"
             ),
             "rescale": pair,
@@ -345,9 +348,8 @@ def _text(value: Any) -> str:
 
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """TFDS reads a sequence of dicts as a dict of lists: back to rows, texts decoded."""
-    names = list(columns)
     decoded = (
-        [value.decode() if isinstance(value, bytes) else value for value in columns[name]]
-        for name in names
+        list(map(bytes.decode, values)) if len(values) and isinstance(values[0], bytes) else values
+        for values in columns.values()
     )
-    return [dict(zip(names, row, strict=True)) for row in zip(*decoded, strict=True)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*decoded, strict=True)]

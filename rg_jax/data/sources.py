@@ -12,7 +12,7 @@ import re
 import threading
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 SCAN_FILE_FROM = 2_000
 
 PIXELS = ("image", "segmentation")
+
+# The bytes of an array, its dtype and shape → the array.
+_Unpack = Callable[[bytes, np.dtype, tuple[int, ...]], np.ndarray]
 
 
 class RecordSource:
@@ -55,8 +58,7 @@ class RecordSource:
         builder = tfds.builder_from_directory(self.directory)
         features = builder.info.features
         self._stored = {
-            key: (features[key].np_dtype, features[key].to_json_content().encoding == "zlib")
-            for key in PIXELS
+            key: (features[key].np_dtype, _unpacking(features[key])) for key in PIXELS
         }
         self._raw = builder.as_data_source(
             self.split, deserialize_method=DeserializeMethod.RAW_BYTES
@@ -250,32 +252,50 @@ def _build_command(name: str, data_dir: Path) -> str:
     return f"python -m tfds_builders {short}{source} --data_dir={data_dir}"
 
 
+def _unpacking(feature: Any) -> _Unpack:
+    """How the arrays of a TFDS feature are stored; sets that are older have others."""
+    from rg_jax.data import planes
+
+    if isinstance(feature, planes.Planes):
+        return planes.join
+    return _inflated if feature.to_json_content().encoding == "zlib" else _plain
+
+
+def _plain(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _inflated(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return _plain(zlib.decompress(data), dtype, shape)
+
+
 def _example(
-    raw: bytes, arrays: Mapping[str, tuple[np.dtype, bool]], wanted: Collection[str]
+    raw: bytes, arrays: Mapping[str, tuple[np.dtype, _Unpack]], wanted: Collection[str]
 ) -> dict[str, Any]:
     """A stored example as TFDS would decode it; arrays that are not `wanted` are zeros.
 
-    `arrays`: the dtype of each, and whether it is stored by zlib. Reads the protocol buffer itself:
+    `arrays`: the dtype of each, and what reads it from its bytes. Reads the protocol buffer itself:
     TFDS turns every field into arrays on the way, which takes several times as long, and reads the
     pixels where only texts are wanted.
     """
     from tensorflow_datasets.proto import tf_example_pb2
 
-    stored = tf_example_pb2.Example.FromString(bytes(raw)).features.feature
+    stored: dict[str, Any] = {}
+    for key, feature in tf_example_pb2.Example.FromString(raw).features.feature.items():
+        kind = feature.WhichOneof("kind")
+        stored[key] = getattr(feature, kind).value if kind else ()
 
-    def values(key: str, kind: str) -> list:
-        return list(getattr(stored[key], kind).value) if key in stored else []
+    def values(key: str) -> Sequence:
+        return stored.get(key, ())
 
     def first(key: str) -> bytes:
-        return values(key, "bytes_list")[0]
+        return values(key)[0]
 
-    def columns(group: str, names: Sequence[str]) -> dict[str, list]:
-        return {name: values(f"{group}/{name}", "bytes_list") for name in names}
+    def columns(group: str, names: Sequence[str]) -> dict[str, Sequence]:
+        return {name: values(f"{group}/{name}") for name in names}
 
-    entities = columns("entities", ("language", "field"))
-    for name in ("start", "end", "class_id"):
-        entities[name] = values(f"entities/{name}", "int64_list")
-    boxes = values("entities/box", "float_list")
+    entities = columns("entities", ("language", "field", "start", "end", "class_id"))
+    boxes = list(values("entities/box"))
     entities["box"] = [boxes[i : i + 4] for i in range(0, len(boxes), 4)]
     example = {
         "texts": columns("texts", ("language", *records.TEXT_FIELDS)),
@@ -287,14 +307,12 @@ def _example(
         example[key] = first(key)
     for key in ("rescale", "spacing_mm"):
         example[key] = np.frombuffer(first(key), np.float64)
-    for key, (dtype, by_zlib) in arrays.items():
-        shape = tuple(values(f"{key}/shape", "int64_list"))
+    for key, (dtype, unpack) in arrays.items():
+        shape = tuple(values(f"{key}/shape"))
         if key in wanted:
-            data = first(f"{key}/value")
-            data = zlib.decompress(data) if by_zlib else data
-            example[key] = np.frombuffer(data, dtype).reshape(shape)
+            example[key] = unpack(first(f"{key}/value"), dtype, shape)
         else:
-            example[key] = np.broadcast_to(np.zeros((), dtype), shape)
+            example[key] = np.ndarray(shape, dtype, bytes(dtype.itemsize), strides=(0,) * len(shape))
     return example
 
 

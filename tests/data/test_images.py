@@ -187,9 +187,10 @@ def test_only_the_pixels_that_count_are_normalised(monkeypatch):
 
     monkeypatch.setattr(images, "_augment", augment)
     for side, pixels in ((512, 4 * 64 * 64), (40, 40 * 40)):
-        images.slice_to_input(np.zeros((side, side), np.float32), 64, "CT")
-        assert seen == [2, pixels]  # the extremes, then the pixels
-        seen.clear()
+        for modality, expected in (("CT", [pixels]), ("MR", [2, pixels])):  # MR: also the extremes
+            images.slice_to_input(np.zeros((side, side), np.float32), 64, modality)
+            assert seen == expected
+            seen.clear()
 
 
 def test_a_power_is_looked_up():
