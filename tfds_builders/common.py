@@ -51,11 +51,6 @@ class RecordConfig(tfds.core.BuilderConfig):
     """
 
     name: str = ""
-    compress: bool = parameter(
-        True,
-        "compress the records; --no-compress takes half as much disk again (pictures: five times"
-        " as much) and is read in a quarter of the time",
-    )
     without_train: bool = parameter(
         False, "take a source without a train split: a data set for evaluation alone"
     )
@@ -235,8 +230,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _generate_splits(self, *args: Any, **kwargs: Any) -> Any:
-        compressed = writing.COMPRESSION[self.CHANNELS]
-        with writing.mended(compressed if self.builder_config.compress else writing.PLAIN):
+        with writing.mended(writing.COMPRESSION[self.CHANNELS]):
             if not getattr(self.builder_config, "beam", False):
                 return super()._generate_splits(*args, **kwargs)
             with beam.job_folder(Path(self._data_dir).parent) as self._jobs_folder:

@@ -48,9 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=512, help="their side in pixels")
     parser.add_argument("--batch", type=int, default=16, help="samples of a batch")
     parser.add_argument("--rounds", type=int, default=7, help="timed passes over all slices")
-    parser.add_argument(
-        "--no_compress", action="store_true", help="records built with --no-compress"
-    )
     parser.add_argument("--workers", type=int, default=0, help="also with so many processes")
     parser.add_argument("--step_seconds", type=float, default=0.0, help="a train step to feed")
 
@@ -67,7 +64,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     """All figures; `ratio_per_core` is ours over published by processor time."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        source, paths = make_slices(root, options.slices, options.size, not options.no_compress)
+        source, paths = make_slices(root, options.slices, options.size)
         records = [source[row] for row in range(len(source))]
         texts = [row["caption"] for record in records for row in record["texts"].values()]
         train_tokenizer(texts, root / "tokenizer.model", 4096, num_loc=OURS.bins)
@@ -185,14 +182,12 @@ def _stack(pending) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- the slices
 
 
-def make_slices(root: Path, count: int, size: int, compress: bool) -> tuple[Any, list[Path]]:
+def make_slices(root: Path, count: int, size: int) -> tuple[Any, list[Path]]:
     """Phantoms as a data set of ours, and the same pixels as `.dcm.zst` files in its order."""
     from tfds_builders import __main__ as command
     from tfds_builders.phantom.phantom_dataset_builder import Builder, PhantomConfig
 
-    config = PhantomConfig(
-        name="bench", image_size=size, train=count, val=0, test=0, compress=compress
-    )
+    config = PhantomConfig(name="bench", image_size=size, train=count, val=0, test=0)
     command.build(Builder, config, str(root))
     source = open_source("phantom/bench", "train", root)
     paths = []

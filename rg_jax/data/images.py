@@ -64,7 +64,9 @@ class _Style:
         return len(self.lows)
 
     def clip(self, channel: int, real: np.ndarray, out: np.ndarray) -> np.ndarray:
-        return np.clip(real, self.lows[channel], self.highs[channel], out=out)
+        """The clipped values: `real` itself where its own extremes are the bounds, else `out`."""
+        low, high = self.lows[channel], self.highs[channel]
+        return real if low == -np.inf else np.clip(real, low, high, out=out)
 
     def scale(self, channel: int, values: np.ndarray, out: np.ndarray) -> None:
         """Clipped values, or what lies between two of them → what the model sees.
@@ -137,7 +139,7 @@ def normalise_slice(
     real = chosen.real(raw)
     out = np.empty((chosen.channels, *raw.shape), np.float32)
     for channel, plane in enumerate(out):
-        chosen.clip(channel, real, out=plane)
+        plane[...] = chosen.clip(channel, real, plane)
         chosen.scale(channel, plane, plane)
     return out
 
@@ -162,20 +164,27 @@ def _style(
             real *= slope
         if intercept != 0:
             real += intercept
+        return real
+
+    def floored(values: np.ndarray) -> np.ndarray:
+        real = scanned(values)
         # `clip` for a lower bound only: NumPy's `maximum` of a constant takes three times as long.
         return np.clip(real, CT_MIN, np.inf, out=real) if modality == "CT" else real
 
     def extremes() -> tuple[float, float]:
         # A negative slope turns the order round, so both are taken before sorting them.
-        low, high = np.sort(scanned(np.array([part.min(), part.max()])))
+        low, high = np.sort(floored(np.array([part.min(), part.max()])))
         return float(low), float(high)
 
     bent = drawn is not None and drawn.gamma != 1.0
+    changes = bent or (drawn is not None and drawn.shift != 0.0)
     # A curve runs between the extremes; whatever else does not need them is spared the look.
     change = _augment(drawn, *(extremes() if bent else (0.0, 0.0)))
+    # Where nothing is changed the floor of CT needs no pass of its own: clipping is enough.
+    floor = CT_MIN if modality == "CT" and not changes else -np.inf
 
     def real(values: np.ndarray) -> np.ndarray:
-        return change(scanned(values))
+        return change(floored(values)) if changes else scanned(values)
 
     def changed(values: tuple[float, float]) -> tuple[float, float]:
         low, high = change(np.array(values, np.float32))
@@ -191,21 +200,22 @@ def _style(
     if style == "dataset_stats":
         mean, std = DATASET_STATS["CT" if modality == "CT" else "MR"]
         std += 1e-8
-        return one(mean - 2 * std, mean + 2 * std, mean, 1 / std)
+        return one(max(mean - 2 * std, floor), mean + 2 * std, mean, 1 / std)
     if modality == "CT":
         only = -1 if drawn is None else drawn.window
         windows = CT_WINDOWS if only < 0 else (CT_WINDOWS[only],)
         lows = [level - width / 2 for width, level in windows]
         highs = [level + width / 2 for width, level in windows]
         scales = [2 / (width + _EPS) for width, _ in windows]
-        return _Style(real, bent, lows, highs, lows, scales, -1.0)
+        return _Style(real, bent, [max(low, floor) for low in lows], highs, lows, scales, -1.0)
     low, high = changed(extremes())
     if style == "percentile" and modality == "MR":
         cut = np.percentile(part, MR_PERCENTILES).astype(np.float32)
         inner = [float(value) for value in np.sort(real(cut))]
         if inner[0] < inner[1]:  # else nearly all pixels are equal, and the extremes say more
             low, high = inner
-    return one(low, high, low, 2 / (high - low + _EPS), -1.0)
+            return one(low, high, low, 2 / (high - low + _EPS), -1.0)
+    return one(-np.inf, np.inf, low, 2 / (high - low + _EPS), -1.0)
 
 
 def _augment(drawn: Draw | None, low: float, high: float) -> _Real:
@@ -243,12 +253,12 @@ def _resized(
     lines = _room("lines", (size, part.shape[1]))
     plane = _room("plane", (size, size))
     for channel in range(style.channels):
-        style.clip(channel, real, out=values)
+        clipped = style.clip(channel, real, values)
         if fewer:
-            _between(values[:size], values[size:], rows[2][:, None], lines)
+            _between(clipped[:size], clipped[size:], rows[2][:, None], lines)
             left, right = lines[:, :size], lines[:, size:]
         else:
-            _between(values.take(rows[0], 0), values.take(rows[1], 0), rows[2][:, None], lines)
+            _between(clipped.take(rows[0], 0), clipped.take(rows[1], 0), rows[2][:, None], lines)
             left, right = lines.take(columns[0], 1), lines.take(columns[1], 1)
         _between(left, right, columns[2], plane)
         if style.channels == 3:

@@ -57,9 +57,7 @@ class RecordSource:
 
         builder = tfds.builder_from_directory(self.directory)
         features = builder.info.features
-        self._stored = {
-            key: (features[key].np_dtype, _unpacking(features[key])) for key in PIXELS
-        }
+        self._stored = {key: (features[key].np_dtype, _unpacking(features[key])) for key in PIXELS}
         self._raw = builder.as_data_source(
             self.split, deserialize_method=DeserializeMethod.RAW_BYTES
         )
@@ -312,7 +310,8 @@ def _example(
         if key in wanted:
             example[key] = unpack(first(f"{key}/value"), dtype, shape)
         else:
-            example[key] = np.ndarray(shape, dtype, bytes(dtype.itemsize), strides=(0,) * len(shape))
+            zero = bytes(dtype.itemsize)
+            example[key] = np.ndarray(shape, dtype, zero, strides=(0,) * len(shape))
     return example
 
 

@@ -188,7 +188,8 @@ def test_only_the_pixels_that_count_are_normalised(monkeypatch):
     monkeypatch.setattr(images, "_augment", augment)
     for side, pixels in ((512, 4 * 64 * 64), (40, 40 * 40)):
         for modality, expected in (("CT", [pixels]), ("MR", [2, pixels])):  # MR: also the extremes
-            images.slice_to_input(np.zeros((side, side), np.float32), 64, modality)
+            drawn = Draw(Crop.full(side, side), shift=1.0)
+            images.slice_to_input(np.zeros((side, side), np.float32), 64, modality, drawn=drawn)
             assert seen == expected
             seen.clear()
 

@@ -98,8 +98,6 @@ class RefRad2DConfig(common.RecordConfig):
                 raise UserError(f"--{flag}={getattr(self, flag)}: says the same twice")
         if self.workers < 0:
             raise UserError(f"--workers={self.workers}: must be 0 or more")
-        if self.beam and not self.compress:
-            raise UserError("--no-compress: a pipeline (--beam) writes compressed files only")
         if self.beam_options and not self.beam:
             raise UserError("--beam_options: goes with --beam")
         if not self.licence.strip():
