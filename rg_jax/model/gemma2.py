@@ -99,9 +99,13 @@ class Einsum(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped attention: query head n belongs to key head n // (N / K); keys are never repeated."""
+    """Grouped attention: query head n belongs to key head n // (N / K); keys are never repeated.
+
+    `first`: the first token that asks; what is before it is only seen.
+    """
 
     config: DecoderConfig
+    first: int = 0
 
     @nn.compact
     def __call__(self, x, code, mask, memory=None, slot=None):
@@ -109,10 +113,11 @@ class Attention(nn.Module):
         n, kv, h, d = c.num_heads, c.num_kv_heads, c.head_dim, c.width
         if c.fused_qkv:
             q, k, v = Einsum((3, n, d, h), (2,), (0,), name="qkv_einsum")("btd,cndh->cbtnh", x)
+            q = q[:, self.first :]
         else:
-            q = Einsum((n, d, h), (1,), name="q_einsum")("btd,ndh->btnh", x)
+            q = Einsum((n, d, h), (1,), name="q_einsum")("btd,ndh->btnh", x[:, self.first :])
             k, v = Einsum((2, kv, d, h), (2,), (0,), name="kv_einsum")("btd,ckdh->cbtkh", x)
-        q = rotate(q, code) * c.query_factor
+        q = rotate(q, tuple(part[:, self.first :] for part in code)) * c.query_factor
         k, v = heads_first(rotate(k, code)), heads_first(v)
         if memory is not None:
             at = (0, 0, slot, 0)
@@ -120,7 +125,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new, at)
                 for old, new in zip(memory, (k, v), strict=True)
             )
-        mixed = attend(q, k, v, mask, c.attn_softcap)
+        mixed = attend(q, k, v, mask[:, self.first :], c.attn_softcap)
         out = Einsum((n, h, d), (0, 1), name="attn_vec_einsum")
         return out("btnh,nhd->btd", mixed), (k, v)
 
@@ -158,19 +163,24 @@ class FeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One layer. With a `memory` of keys and values new ones are written into it, at `slot`."""
+    """One layer. With a `memory` of keys and values new ones are written into it, at `slot`.
+
+    What comes out begins with token `first`: the last layer need not make what nobody reads.
+    """
 
     config: DecoderConfig
     keep_keys: bool
+    first: int = 0
 
     @nn.compact
     def __call__(self, x, code, mask, memory=None, slot=None):
         def norm(name):
             return RMSNorm(self.config.norm_eps, name=name)
 
-        attention = Attention(self.config, name="attn")
+        attention = Attention(self.config, self.first, name="attn")
         mixed, keys = attention(norm("pre_attention_norm")(x), code, mask, memory, slot)
-        x = x + (norm("post_attention_norm")(mixed) if self.config.post_norms else mixed)
+        mixed = norm("post_attention_norm")(mixed) if self.config.post_norms else mixed
+        x = x[:, self.first :] + mixed
         joined = memory is not None
         fed = FeedForward(self.config, joined, name="mlp")(norm("pre_ffw_norm")(x))
         x = x + (norm("post_ffw_norm")(fed) if self.config.post_norms else fed)
@@ -247,16 +257,21 @@ class Gemma2(nn.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T T"],
         keep_keys: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        first: int = 0,
+    ) -> tuple[Float[Array, "B R D"], Any]:
         """Hidden states after the final norm, and with `keep_keys` this call's keys and values.
 
-        These are two arrays (L, B, K, T, H), heads first. Raises ValueError for sequences longer
-        than the sliding window of the local layers.
+        These are two arrays (L, B, K, T, H), heads first. `first`: the first token whose hidden
+        state is wanted. Raises ValueError for sequences longer than the sliding window of the
+        local layers.
         """
         llm = self.config.llm
         self._check_length(x.shape[1])
         # Reading a prompt keeps nothing for a backward pass: there a loop costs nothing.
         unroll = 1 if keep_keys else min(self.config.unroll, llm.depth)
+        code = rotary_code(positions, llm.head_dim, llm.rope_base)
+        if unroll == llm.depth and not keep_keys and not self.is_initializing():
+            return self.final_norm(self._side_by_side(x, code, mask, first)), None
         layers = nn.scan(
             remat_block(DecoderBlock, self.config.remat, unroll == llm.depth),
             variable_axes={"params": 0, lora.ROOT: 0},
@@ -265,9 +280,22 @@ class Gemma2(nn.Module):
             length=llm.depth,
             unroll=unroll,
         )
-        code = rotary_code(positions, llm.head_dim, llm.rope_base)
         x, keys = layers(llm, keep_keys, name="layers")(x, code, mask)
-        return self.final_norm(x), keys
+        return self.final_norm(x[:, first:]), keys
+
+    def _side_by_side(self, x, code, mask, first):
+        """The layers without a loop: the last of them makes what is wanted and nothing else."""
+        llm = self.config.llm
+        stacks = {kind: tree["layers"] for kind, tree in self.variables.items() if "layers" in tree}
+        leaves, tree = jax.tree.flatten(stacks)
+        # Split, not indexed: the gradient of it is one stack, not a sum of as many as layers.
+        pieces = [jax.lax.split(leaf, [1] * llm.depth) for leaf in leaves]
+        block = remat_block(DecoderBlock, self.config.remat, unrolled=True)
+        for layer, parts in enumerate(zip(*pieces, strict=True)):
+            start = first if layer == llm.depth - 1 else 0
+            given = jax.tree.unflatten(tree, [part[0] for part in parts])
+            x, _ = block(llm, False, start, parent=None).apply(given, x, code, mask)
+        return x
 
     def step(
         self,

@@ -91,16 +91,19 @@ class PaliGemma(nn.Module):
         text: Int[AnyArray, "B T"],
         mask_ar: Int[AnyArray, "B T"],
         mask_input: Bool[AnyArray, "B T"] | None = None,
+        text_only: bool = False,
     ) -> dict[str, Array]:
         """Hidden states of every token; logits are left to whoever knows where they are needed.
 
         Returns `hidden` (B, N + T, D), after the final norm, and `image_features` (B, N, W), the
         encoder's output before the head. `mask_input` None: every text token is valid.
+        `text_only`: `hidden` (B, T, D) of the text alone.
         """
         x, features, valid = self._embed(image, text, mask_input)
         ar = jnp.asarray(mask_ar, jnp.int32)
         mask = prefix_lm_mask(valid, jnp.pad(ar, ((0, 0), (features.shape[1], 0))))
-        hidden, _ = self.llm(x, positions_of(valid), mask)
+        first = features.shape[1] if text_only else 0
+        hidden, _ = self.llm(x, positions_of(valid), mask, first=first)
         return {"hidden": hidden, "image_features": features}
 
     def prefill(

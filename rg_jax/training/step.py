@@ -64,9 +64,10 @@ def row_losses(
         text[:, :-1],
         batch["mask_ar"][:, :-1],
         batch["mask_input"][:, :-1],
+        text_only=True,
     )
     losses = blockwise_token_losses(
-        out["hidden"][:, -(text.shape[1] - 1) :],
+        out["hidden"],
         params["llm"]["embedder"]["input_embedding"],
         text[:, 1:],
         block_size=block_size,
@@ -85,10 +86,8 @@ def row_losses(
 
 def _mask_rows(model, params, batch, out, kind) -> dict[str, jax.Array]:
     """The mask decoder reads the hidden state at each `</seg>` and the encoder's features."""
-    features = out["image_features"]
-    states = out["hidden"][:, features.shape[1] :]
-    prompts = jnp.take_along_axis(states, batch["mask_at"][:, :, None], axis=1)
-    logits = apply(model, params, features, prompts, method="decode_masks")
+    prompts = jnp.take_along_axis(out["hidden"], batch["mask_at"][:, :, None], axis=1)
+    logits = apply(model, params, out["image_features"], prompts, method="decode_masks")
     logits = resize_logits(logits, batch["masks"].shape[-2:])
     valid = batch["mask_valid"]
     sums = mask_loss_sums(logits, batch["masks"].astype(jnp.float32), valid, kind)
