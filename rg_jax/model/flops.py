@@ -1,15 +1,16 @@
 """How much arithmetic one training step is, from the dimensions alone.
 
 Only matrix products are counted (2 · m · n · k each), as everybody who reports MFU does. `model` is
-what the mathematics needs; `hardware` adds what is computed a second time: layers under remat and
-the loss's blocks (it takes the vocabulary to be several). MFU is `model` over time and peak.
+what the mathematics needs; `hardware` adds what is computed a second time, layers under remat and
+the loss's blocks (it takes the vocabulary to be several), and what is computed for nobody. MFU is
+`model` over time and peak.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rg_jax.model.config import ModelConfig
 from rg_jax.model.lora import factor_shapes
@@ -93,35 +94,12 @@ def train_step_flops(
     if "head" in trained:
         backward += head
 
-    # Decoder. As soon as anything before or in it is trained, gradients pass through all of it.
-    s, d = n + text_len, llm.width
-    heads = llm.num_heads * llm.head_dim
-    kv_heads = llm.num_kv_heads * llm.head_dim
-    weights = llm.depth * 2 * s * d * (2 * heads + 2 * kv_heads + 3 * llm.mlp_dim)
-    attention = llm.depth * 2 * 2 * s * s * heads
-    last_linear = 0 if llm.post_norms else llm.depth * 2 * s * d * llm.mlp_dim
-    logits = 2 * target_len * d * config.num_predictable
-    forward += weights + attention + logits
-    if trained - {"masks"}:
-        backward += weights + 2 * attention + logits
-        recomputed += _again(config.remat, weights - last_linear, attention) + logits
-    if "layers" in trained:
-        backward += weights
-    if "embedder" in trained:
-        backward += logits
-
-    factors = factor_shapes(config)
-    for part, prefix, tokens in (("lora_img", "lora/img/", n), ("lora_layers", "lora/llm/", s)):
-        sizes = {k: math.prod(v) for k, v in factors.items() if k.startswith(prefix)}
-        products = 2 * tokens * sum(sizes.values())
-        forward += products
-        if part in trained:
-            backward += 2 * products
-            # Kept is only what they add to: x A is made again, in the layers.
-            inside = (v for k, v in sizes.items() if k.endswith("/a") and "img/head" not in k)
-            first = 2 * tokens * sum(inside)
-            again = first if config.remat == "dots_no_batch" else 0
-            recomputed += again + _again(config.remat, products, 0)
+    needed = _decoder(config, text_len, target_len, trained, loops=False)
+    done = _decoder(config, text_len, target_len, trained, config.unroll < llm.depth)
+    adapted = _factors(config, "lora/img/", {"": float(n)}, "lora_img" in trained)
+    forward += needed[0] + adapted[0]
+    backward += needed[1] + adapted[1]
+    recomputed += sum(done) - needed[0] - needed[1] + adapted[2]
 
     if masks and config.masks is not None:
         once, image_projection, prompt_projection = mask_decoder_flops(config, masks)
@@ -131,6 +109,63 @@ def train_step_flops(
             backward += 2 * once - (0 if "img" in trained else image_projection)
             backward -= 0 if trained - {"masks"} else prompt_projection
     return Flops(model=forward + backward, hardware=forward + backward + recomputed)
+
+
+def _decoder(
+    config: ModelConfig, text_len: int, target_len: int, trained: frozenset[str], loops: bool
+) -> tuple[int, int, int]:
+    """The decoder and its logits: forward, backward, and what is computed a second time.
+
+    Of the last layer only the text is read: there image tokens make keys and values and nothing
+    else, unless layers are the turns of a loop (`loops`), which are all alike.
+    """
+    llm, n = config.llm, config.img.num_tokens
+    s, d = n + text_len, llm.width
+    heads = llm.num_heads * llm.head_dim
+    kv_heads = llm.num_kv_heads * llm.head_dim
+    seen = llm.depth * s  # tokens of all layers; those that ask, and are fed:
+    asking = seen if loops else seen - n
+    queries = seen if llm.fused_qkv else asking  # joint weights make all that there is
+    weights = seen * 2 * kv_heads + queries * heads + asking * (heads + 3 * llm.mlp_dim)
+    weights *= 2 * d
+    attention = 2 * 2 * asking * s * heads
+    last_linear = 0 if llm.post_norms else 2 * asking * d * llm.mlp_dim
+    logits = 2 * target_len * d * config.num_predictable
+    forward, backward, recomputed = weights + attention + logits, 0, 0
+    # As soon as anything before or in it is trained, gradients pass through all of it. (Where
+    # factors of the layers alone are, those side by side spare the first one's input: not counted.)
+    if trained - {"masks"}:
+        backward += weights + 2 * attention + logits
+        recomputed += _again(config.remat, weights - last_linear, attention) + logits
+    if "layers" in trained:
+        backward += weights
+    if "embedder" in trained:
+        backward += logits
+    tokens = {"kv_einsum": seen / llm.depth, "": asking / llm.depth}
+    factors = _factors(config, "lora/llm/", tokens, "lora_layers" in trained)
+    return forward + factors[0], backward + factors[1], recomputed + factors[2]
+
+
+def _factors(
+    config: ModelConfig, prefix: str, tokens: Mapping[str, float], trained: bool
+) -> tuple[int, int, int]:
+    """LoRA's factors whose names begin with `prefix`: forward, backward, a second time.
+
+    `tokens`: how many go through those of a layer whose names hold the key, the first that fits.
+    """
+    forward = again = 0
+    for name, shape in factor_shapes(config).items():
+        if name.startswith(prefix):
+            through = next(count for key, count in tokens.items() if key in name)
+            products = round(2 * through * math.prod(shape))
+            forward += products
+            # Kept is only what they add to: x A is made again, in the layers.
+            inside = name.endswith("/a") and "img/head" not in name
+            if config.remat == "dots_no_batch" and inside:
+                again += products
+    if not trained:
+        return forward, 0, 0
+    return forward, 2 * forward, again + _again(config.remat, forward, 0)
 
 
 def pair_step_flops(config: ModelConfig, text_len: int, trained: Iterable[str]) -> Flops:

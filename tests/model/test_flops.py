@@ -50,7 +50,8 @@ def traced_flops(config, trained):
     def loss(mine, rest, image, text):
         both = mine | rest
         params = jax.tree_util.tree_unflatten(treedef, [both[name] for name in order])
-        hidden = apply(model, params, image, text, jnp.ones_like(text))["hidden"]
+        out = apply(model, params, image, text, jnp.ones_like(text), text_only=True)
+        hidden = out["hidden"]
         table = params["llm"]["embedder"]["input_embedding"]
         targets = text[:, -TARGET:]
         return blockwise_cross_entropy(
@@ -66,24 +67,27 @@ def traced_flops(config, trained):
     return products(jaxpr.jaxpr) / BATCH
 
 
+@pytest.mark.parametrize("unroll", [1, 64])
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
 @pytest.mark.parametrize("trained", [PARTS, ("head", "embedder", "layers"), ("layers",)])
-def test_matches_the_traced_step(small_config, remat, trained):
-    config = small_config.replace(remat=remat, valid_vocab=50)
+def test_matches_the_traced_step(small_config, remat, trained, unroll):
+    config = small_config.replace(remat=remat, unroll=unroll, valid_vocab=50)
     ours = train_step_flops(config, TEXT, TARGET, trained)
     assert ours.hardware == pytest.approx(traced_flops(config, trained), rel=1e-9)
     assert ours.hardware >= ours.model
 
 
 @pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
-@pytest.mark.parametrize("where", [LORA_PARTS, ("lora_layers",)])
-def test_factors_match_the_traced_step(small_config, where, remat):
+@pytest.mark.parametrize(
+    "where, unroll", [(LORA_PARTS, 1), (LORA_PARTS, 64), (("lora_layers",), 1)]
+)
+def test_factors_match_the_traced_step(small_config, where, remat, unroll):
     """Gradients pass through the weights to the factors, and none is made of a weight."""
     include = ["llm/layers/(attn|mlp)/.*"]
     if "lora_img" in where:
         include += ["img/Transformer/.*/kernel", "img/head/kernel"]
     lora = LoraConfig(rank=3, include=include)
-    config = small_config.replace(valid_vocab=50, lora=lora, remat=remat)
+    config = small_config.replace(valid_vocab=50, lora=lora, remat=remat, unroll=unroll)
     ours = train_step_flops(config, TEXT, TARGET, where)
     assert ours.hardware == pytest.approx(traced_flops(config, where), rel=1e-9)
     everything = train_step_flops(config, TEXT, TARGET, PARTS)
@@ -93,7 +97,11 @@ def test_factors_match_the_traced_step(small_config, where, remat):
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_forward_alone(small_config, kv_heads):
     config = small_config.replace(llm={"num_kv_heads": kv_heads, "post_norms": False})
+    looped = train_step_flops(config, TEXT, TARGET, ())
+    assert looped.hardware == traced_flops(config, ()) > looped.model
+    config = config.replace(unroll=64)
     ours = train_step_flops(config, TEXT, TARGET, ())
+    assert ours.model == looped.model
     assert ours.model == ours.hardware == traced_flops(config, ())
 
 
@@ -159,8 +167,8 @@ def test_xla_agrees_on_the_forward_pass():
     image = jax.ShapeDtypeStruct((1, 112, 112, 3), jnp.float32)
 
     def forward(params, image, text):
-        hidden = apply(model, params, image, text, text)["hidden"]
-        return apply(model, params, hidden[:, -64:], method="logits")
+        hidden = apply(model, params, image, text, text, text_only=True)["hidden"]
+        return apply(model, params, hidden, method="logits")
 
     compiled = jax.jit(forward).lower(param_shapes(config), image, text).compile()
     counted = compiled.cost_analysis()

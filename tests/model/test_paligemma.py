@@ -187,12 +187,39 @@ def test_remat_and_unrolling_change_nothing(small, small_config, quick_jit):
 
     plain, plain_grads = loss_and_grads()
     largest = max(np.abs(grad).max() for grad in plain_grads.values())
-    for remat, unroll in [("full", 1), ("dots_no_batch", 2)]:
+    for remat, unroll in [("full", 1), ("dots_no_batch", 2), ("none", 64)]:
         value, grads = loss_and_grads(remat=remat, unroll=unroll)
         np.testing.assert_allclose(value, plain, rtol=1e-6)
         for name, expected in plain_grads.items():
             atol = 1e-5 * np.abs(expected).max() + 1e-6 * largest
             np.testing.assert_allclose(grads[name], expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])  # 4: queries, keys and values in one weight
+def test_the_text_alone_is_the_text_of_all(make_small, small_config, quick_jit, kv_heads):
+    """Where layers stand side by side the last one makes less; values and gradients are equal."""
+    found = {}
+    config = small_config.replace(llm={"num_kv_heads": kv_heads})
+    small = make_small(config)
+    for unroll, text_only in [(1, False), (1, True), (64, False), (64, True)]:
+        model = PaliGemma(config.replace(unroll=unroll))
+
+        def loss(params, model=model, text_only=text_only):
+            given = (small.image, small.text, small.mask_ar)
+            out = apply(model, params, *given, text_only=text_only)
+            text = out["hidden"] if text_only else out["hidden"][:, small.tokens :]
+            return jnp.sin(text).sum(), text
+
+        (_, text), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(small.params)
+        assert text.shape[1] == small.text.shape[1]
+        found[unroll, text_only] = text, flatten(grads)
+    text, grads = found.pop((1, False))
+    largest = max(np.abs(grad).max() for grad in grads.values())
+    for other, other_grads in found.values():
+        np.testing.assert_allclose(other, text, rtol=0, atol=1e-5)
+        for name, expected in grads.items():
+            atol = 1e-5 * np.abs(expected).max() + 1e-6 * largest
+            np.testing.assert_allclose(other_grads[name], expected, rtol=0, atol=atol)
 
 
 def test_norms_compute_in_float32():
