@@ -47,7 +47,7 @@ def micro_batch_parts(case: setup.Case, state: TrainState, batch) -> dict[str, C
 
     def decode(module, x, ar):
         valid = jnp.ones(x.shape[:2], bool)
-        return module.llm(x, positions_of(valid), prefix_lm_mask(valid, ar))[0]
+        return module.llm(x, positions_of(valid), prefix_lm_mask(valid, ar), first=n)[0]
 
     def decoder(mine, rest, x, ar):
         return apply(model, unflatten(rest | mine), x, ar, method=decode)

@@ -110,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=REMAT, default="", help="default: full; tiny: none")
     parser.add_argument("--compute_dtype", default="", help="bfloat16; tiny: float32")
     parser.add_argument("--vision_attention", choices=("xla", "cudnn"), default="xla")
-    parser.add_argument("--unroll", type=int, default=1, help="layers per turn of the layer loop")
+    parser.add_argument("--unroll", type=int, default=0, help="layers per turn of the loop (1; tiny: 64)")
     parser.add_argument("--block_size", type=int, default=32768, help="rows of a loss block")
     parser.add_argument("--slots", type=int, default=0, help="masks per sample (8; tiny: 4)")
 
@@ -152,7 +152,7 @@ def make_case(options: argparse.Namespace, mesh: Mesh | None = None) -> Case:
             compute_dtype=options.compute_dtype or ("float32" if tiny else "bfloat16"),
             remat=options.remat or ("none" if tiny else "full"),
             vision_attention=options.vision_attention,
-            unroll=options.unroll,
+            unroll=options.unroll or (64 if tiny else 1),
             masks=masks,
             lora=lora,
         )

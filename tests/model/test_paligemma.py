@@ -201,7 +201,7 @@ def test_the_text_alone_is_the_text_of_all(make_small, small_config, quick_jit, 
     found = {}
     config = small_config.replace(llm={"num_kv_heads": kv_heads})
     small = make_small(config)
-    for unroll, text_only in [(1, False), (1, True), (64, False), (64, True)]:
+    for unroll, text_only in [(1, False), (64, True)]:
         model = PaliGemma(config.replace(unroll=unroll))
 
         def loss(params, model=model, text_only=text_only):
