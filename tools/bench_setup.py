@@ -110,7 +110,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=REMAT, default="", help="default: full; tiny: none")
     parser.add_argument("--compute_dtype", default="", help="bfloat16; tiny: float32")
     parser.add_argument("--vision_attention", choices=("xla", "cudnn"), default="xla")
-    parser.add_argument("--unroll", type=int, default=0, help="layers per turn of the loop (1; tiny: 64)")
+    parser.add_argument(
+        "--unroll", type=int, default=0, help="layers per turn of the loop (1; tiny: 64)"
+    )
     parser.add_argument("--block_size", type=int, default=32768, help="rows of a loss block")
     parser.add_argument("--slots", type=int, default=0, help="masks per sample (8; tiny: 4)")
 

@@ -85,12 +85,14 @@ def prepare_image(
     augment: AugmentConfig | None = None,
     rng: np.random.Generator | None = None,
     drawn: Draw | None = None,
+    out: Float[np.ndarray, "S S 3"] | None = None,
 ) -> tuple[Float[np.ndarray, "S S 3"], Crop]:
     """A decoded record's image as the model sees it, and the part of the source that it shows.
 
     float32 in [-1, 1] for styles "medgemma" and "percentile" (MR by percentiles, else the same),
     [0, 1] for "min_max", about [-2, 2] for "dataset_stats". `drawn` gives the random changes where
     the caller has drawn them already (to place the boxes first); otherwise they are drawn here.
+    `out`: where to write it, say its place in a batch.
     Raises UserError naming the record for an image it cannot treat.
     """
     image = record["image"]
@@ -100,11 +102,15 @@ def prepare_image(
     try:
         if image.shape[2] == 3:
             dataset = record["source"]["dataset"]
-            out = picture_to_input(image, size, style, drawn, dataset)
+            picture = picture_to_input(image, size, style, drawn, dataset)
+            if out is None:
+                out = picture
+            else:
+                out[...] = picture
         else:
             slope, intercept = record["rescale"]
             out = slice_to_input(
-                image[..., 0], size, record["modality"], style, drawn, (slope, intercept)
+                image[..., 0], size, record["modality"], style, drawn, (slope, intercept), out
             )
     except ValueError as error:
         raise UserError(f"record {record['id']}: {error}") from None
@@ -118,6 +124,7 @@ def slice_to_input(
     style: str = "medgemma",
     drawn: Draw | None = None,
     rescale: tuple[float, float] = (1.0, 0.0),
+    out: Float[np.ndarray, "S S 3"] | None = None,
 ) -> Float[np.ndarray, "S S 3"]:
     """A slice as stored (value · slope + intercept = HU for CT) → model input, float32.
 
@@ -125,7 +132,10 @@ def slice_to_input(
     the limits of CT for "min_max", the figures of MR for "dataset_stats", as published.
     """
     part = raw if drawn is None else drawn.crop.cut(raw)
-    return _resized(part, size, _style(part, modality, style, drawn, rescale))
+    if out is None:
+        out = np.empty((size, size, 3), np.float32)
+    _resize(part, size, _style(part, modality, style, drawn, rescale), out)
+    return out
 
 
 def normalise_slice(
@@ -233,9 +243,9 @@ def _augment(drawn: Draw | None, low: float, high: float) -> _Real:
     return change
 
 
-def _resized(
-    part: Shaped[np.ndarray, "H W"], size: int, style: _Style
-) -> Float[np.ndarray, "S S 3"]:
+def _resize(
+    part: Shaped[np.ndarray, "H W"], size: int, style: _Style, out: Float[np.ndarray, "S S 3"]
+) -> None:
     """The style of the pixels, then bilinear to (size, size), one channel repeated to three.
 
     Only clipping has to come before the resize: what is affine is the same, and less work, after.
@@ -248,7 +258,6 @@ def _resized(
         part = part.take(np.concatenate(rows[:2]), 0, mode="clip")
         part = part.take(np.concatenate(columns[:2]), 1, mode="clip")
     real = _looked_up(part, style.real) if style.bent else style.real(part)
-    out = np.empty((size, size, 3), np.float32)
     values = _room("values", part.shape)
     lines = _room("lines", (size, part.shape[1]))
     plane = _room("plane", (size, size))
@@ -268,7 +277,6 @@ def _resized(
             # One at a time: spreading one plane over three takes NumPy four times as long.
             for place in range(3):
                 out[:, :, place] = plane
-    return out
 
 
 def _looked_up(part: np.ndarray, real: _Real) -> np.ndarray:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from rg_jax.data.augment import AugmentConfig, Draw, draw
 from rg_jax.data.images import STYLES, prepare_image
@@ -197,17 +198,17 @@ def _check_prompts(tasks: Set[str]) -> None:
 
 
 class Element(NamedTuple):
-    """What `Maker` makes of a sample: its image, its tokens, its task and the class map that its
-    masks are taken from (None if it has none)."""
+    """What `Maker` makes of a sample beside its image: its tokens, its task and the class map that
+    its masks are taken from (None if it has none)."""
 
-    image: np.ndarray
     row: Row
     task: int
     classes: np.ndarray | None
 
 
 class Maker:
-    """(global sample number, (part, row)) → the sample's image and tokens. Can be pickled.
+    """(global sample number, (part, row)) → the sample; its image goes where it is told to. Can be
+    pickled.
 
     For sources that keep their records, what was made without a crop is kept too: a small set
     then costs next to nothing from its second epoch on.
@@ -236,7 +237,9 @@ class Maker:
         self.__dict__.update(state)
         self._make_caches()
 
-    def __call__(self, number: int, place: tuple[int, int]) -> Element:
+    def __call__(
+        self, number: int, place: tuple[int, int], image: Float[np.ndarray, "S S 3"]
+    ) -> Element:
         (p, row), config = place, self.config
         part = self.parts[p]
         rng = self._generators(number)
@@ -258,14 +261,16 @@ class Maker:
             made = self.packer.row(sample), TASK_NAMES.index(sample.task)
             if keep and len(self._rows) < ROW_CACHE_SIZE:
                 self._rows[key] = made
-        if pixels is None:
-            image, _ = prepare_image(record, config.image_size, config.style, drawn=drawn)
-            pixels = image, class_map(record, config.mask_size, drawn.crop) if whole else None
-            size = sum(array.nbytes for array in pixels if array is not None)
-            if keep and size <= self._room:
-                self._room -= size
-                self._images[place] = pixels
-        return Element(pixels[0], *made, pixels[1])
+        if pixels is not None:
+            image[...], classes = pixels
+            return Element(*made, classes)
+        prepare_image(record, config.image_size, config.style, drawn=drawn, out=image)
+        classes = class_map(record, config.mask_size, drawn.crop) if whole else None
+        size = image.nbytes + (classes.nbytes if classes is not None else 0)
+        if keep and size <= self._room:
+            self._room -= size
+            self._images[place] = image.copy(), classes
+        return Element(*made, classes)
 
     def _sample(self, record, task, language, index, context, drawn: Draw) -> tuple[Sample, Draw]:
         def of(drawn: Draw) -> Sample:
@@ -304,17 +309,25 @@ class _Generators(threading.local):
         return self._generator
 
 
-class Collate:
-    """A host's part of a batch: the elements of `Maker` → arrays."""
+def numbered(number: int, place: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """What `Collate` takes of a sample of the mixture."""
+    return number, place
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+
+class Collate:
+    """A host's part of a batch: the samples' numbers and places → arrays. Can be pickled."""
+
+    def __init__(self, maker: Maker, config: DataConfig, tokenizer: Tokenizer):
+        self.make, self.side = maker, config.image_size
         self.text_len, self.pad_id = config.text_len, tokenizer.pad_id
         self.slots = MaskSlots(config.mask_slots, config.mask_size, tokenizer)
 
-    def __call__(self, elements: Sequence[Element]) -> Batch:
-        images, rows, tasks, maps = zip(*elements, strict=True)
+    def __call__(self, samples: Sequence[tuple[int, tuple[int, int]]]) -> Batch:
+        images = np.empty((len(samples), self.side, self.side, 3), np.float32)
+        elements = [self.make(*sample, images[i]) for i, sample in enumerate(samples)]
+        rows, tasks, maps = zip(*elements, strict=True)
         batch = {
-            "image": np.stack(images),
+            "image": images,
             **pack(rows, self.text_len, self.pad_id),
             "task": np.array(tasks, np.int32),
             "counts": np.array([row.counts for row in rows], np.int32),

@@ -13,7 +13,7 @@ import numpy as np
 
 from rg_jax.data.images import prepare_image
 from rg_jax.data.masks import MaskSlots, class_map, classes_in
-from rg_jax.data.mixture import Batch, Collate, DataConfig, Maker, Order, open_parts
+from rg_jax.data.mixture import Batch, Collate, DataConfig, Maker, Order, numbered, open_parts
 from rg_jax.data.packing import Packer, pack
 from rg_jax.data.sources import RecordSource
 from rg_jax.data.tasks import TASK_NAMES, Sample, get_task, make_sample
@@ -74,9 +74,8 @@ def train_iterator(
     numbers = grain.MapDataset.range(_ENDLESS)
     streams = [numbers.map(Order(i, p.rows, seed, p.starts)) for i, p in enumerate(parts)]
     mixed = grain.MapDataset.mix(streams, weights=[part.weight for part in parts])
-    batches = mixed.map_with_index(Maker(parts, packer, config, seed)).batch(
-        batch_size // process_count, batch_fn=Collate(config, tokenizer)
-    )
+    samples = mixed.map_with_index(numbered).batch(batch_size // process_count, batch_fn=list)
+    batches = samples.map(Collate(Maker(parts, packer, config, seed), config, tokenizer))
     order = {
         "seed": seed,
         "batch_size": batch_size,
