@@ -27,9 +27,9 @@ SUITE = {
     "generate": "bench_generate --batches=64 --rounds=3 --profile=12 --peer=default",
     "train_loop": f"bench_train {LOOP} --no_parts",
     "train_alone": f"bench_train {FAST} --profile=25 --no_parts",
-    "train_whole": f"bench_train {LOOP} --batch=288 --accumulation=12 --steps=2 --no_parts"
+    "train_whole": f"bench_train {FAST} --batch=288 --accumulation=12 --steps=2 --no_parts"
     " --peer=published --apart",
-    "train_seg": f"bench_train {LOOP} --recipe=seg --no_parts",
+    "train_seg": f"bench_train {FAST} --recipe=seg --no_parts",
     "train_full": "bench_train --remat=full --no_parts",
     "train_parts": f"bench_train {LOOP}",
     "train_cudnn": f"bench_train {LOOP} --vision_attention=cudnn --no_parts",
