@@ -9,7 +9,15 @@ from pathlib import Path
 
 # Before JAX starts: sharding is tested on fake devices, without any accelerator.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Tests compile much and compute little: the compiler is in a hurry, which halves their time. Flags
+# of the caller go over these: XLA_FLAGS="--xla_backend_optimization_level=3 …" tests as users run.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    os.environ.get("XLA_FLAGS", ""),
+)
+os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 # Fake devices share two cores: programs that run at once could wait for each other for ever.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ.setdefault("TFDS_DATA_DIR", "/nonexistent")

@@ -225,7 +225,9 @@ def _style(
         if inner[0] < inner[1]:  # else nearly all pixels are equal, and the extremes say more
             low, high = inner
             return one(low, high, low, 2 / (high - low + _EPS), -1.0)
-    return one(-np.inf, np.inf, low, 2 / (high - low + _EPS), -1.0)
+    # Nothing lies beyond the extremes, but for the rounding of a power.
+    bounds = (low, high) if changes else (-np.inf, np.inf)
+    return one(*bounds, low, 2 / (high - low + _EPS), -1.0)
 
 
 def _augment(drawn: Draw | None, low: float, high: float) -> _Real:

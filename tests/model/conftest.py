@@ -57,9 +57,3 @@ def small() -> Small:
 @pytest.fixture(scope="session")
 def make_small():
     return Small
-
-
-@pytest.fixture(scope="session")
-def quick_jit():
-    """jax.jit with the compiler in a hurry, for tests that compile much and compute little."""
-    return partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})

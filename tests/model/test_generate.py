@@ -15,18 +15,18 @@ LENGTHS = (9, 4, 1)
 
 
 @pytest.fixture(scope="module")
-def ragged(make_small, small_config, quick_jit):
+def ragged(make_small, small_config):
     small = make_small(small_config, batch=3)
     small.mask = np.arange(9)[None] < np.array(LENGTHS)[:, None]
     small.text = np.where(small.mask, small.text, 0).astype(np.int32)
-    small.generate = quick_jit(partial(generate, small.model, max_new_tokens=NEW, eos_id=-1))
+    small.generate = jax.jit(partial(generate, small.model, max_new_tokens=NEW, eos_id=-1))
     small.tokens_out = np.asarray(small.generate(small.params, small.image, small.text, small.mask))
     return small
 
 
-def test_cached_decoding_equals_reading_it_all_again(ragged, quick_jit):
+def test_cached_decoding_equals_reading_it_all_again(ragged):
     """Each token is the argmax of a full forward pass over everything before it."""
-    forward = quick_jit(
+    forward = jax.jit(
         lambda params, image, text, ar: apply(
             ragged.model,
             params,
@@ -43,24 +43,22 @@ def test_cached_decoding_equals_reading_it_all_again(ragged, quick_jit):
         np.testing.assert_array_equal(ragged.tokens_out[row], expected)
 
 
-def test_steps_give_the_hidden_states_of_a_full_pass(ragged, quick_jit):
+def test_steps_give_the_hidden_states_of_a_full_pass(ragged):
     run = partial(generate, max_new_tokens=NEW, eos_id=-1, return_hidden=True)
-    out = quick_jit(partial(run, ragged.model))(
-        ragged.params, ragged.image, ragged.text, ragged.mask
-    )
+    out = jax.jit(partial(run, ragged.model))(ragged.params, ragged.image, ragged.text, ragged.mask)
     np.testing.assert_array_equal(out["tokens"], ragged.tokens_out)
     row, length = 1, LENGTHS[1]
     text = np.concatenate([ragged.text[row, :length], ragged.tokens_out[row]])[None]
     mask_ar = (np.arange(text.shape[1]) >= length)[None].astype(np.int32)
-    forward = quick_jit(partial(apply, ragged.model))
+    forward = jax.jit(partial(apply, ragged.model))
     full = forward(ragged.params, ragged.image[row : row + 1], text, mask_ar)
     at = ragged.tokens + length
     np.testing.assert_allclose(out["hidden"][row], full["hidden"][0, at:], atol=2e-5)
     np.testing.assert_allclose(out["image_features"][row], full["image_features"][0], atol=1e-5)
 
 
-def test_ragged_batch_equals_one_by_one(ragged, quick_jit):
-    alone = quick_jit(partial(generate, ragged.model, max_new_tokens=NEW, eos_id=-1))
+def test_ragged_batch_equals_one_by_one(ragged):
+    alone = jax.jit(partial(generate, ragged.model, max_new_tokens=NEW, eos_id=-1))
     for row, length in enumerate(LENGTHS):
         one = slice(row, row + 1)
         out = alone(ragged.params, ragged.image[one], ragged.text[one, :length])
@@ -73,14 +71,14 @@ def test_what_lies_in_the_padding_is_not_read(ragged):
     np.testing.assert_array_equal(again, ragged.tokens_out)
 
 
-def test_compiled_once(ragged, quick_jit):
+def test_compiled_once(ragged):
     traces = []
 
     def counted(*args):
         traces.append(1)
         return generate(ragged.model, *args, max_new_tokens=NEW, eos_id=-1)
 
-    run = quick_jit(counted)
+    run = jax.jit(counted)
     first = run(ragged.params, ragged.image, ragged.text, ragged.mask)
     run(ragged.params, ragged.image[::-1].copy(), ragged.text, np.ones_like(ragged.mask))
     assert len(traces) == 1
@@ -159,12 +157,12 @@ def test_fillers_generate_nothing_and_keep_nobody_waiting(small, monkeypatch):
     assert reads == [0]
 
 
-def test_padding_rows_of_the_table_are_never_chosen(make_small, small_config, quick_jit):
+def test_padding_rows_of_the_table_are_never_chosen(make_small, small_config):
     small = make_small(small_config.replace(valid_vocab=10))
     small.params["llm"]["embedder"]["input_embedding"] *= np.where(
         np.arange(50) < 10, 1, 100
     ).astype(np.float32)[:, None]
-    run = quick_jit(partial(generate, small.model, max_new_tokens=4, eos_id=-1))
+    run = jax.jit(partial(generate, small.model, max_new_tokens=4, eos_id=-1))
     tokens = run(small.params, small.image, small.text % 10)
     assert (np.asarray(tokens) < 10).all()
 

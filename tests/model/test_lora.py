@@ -25,12 +25,12 @@ ADAPTED = LoraConfig(rank=3, alpha=5.0, include=EVERYTHING, new_rows=4)
 
 
 @pytest.fixture(scope="module", params=["grouped", "fused"])
-def adapted(request, small_config, make_small, quick_jit):
+def adapted(request, small_config, make_small):
     """A small model whose every matrix and last rows are adapted, all its numbers random."""
     heads = {"num_kv_heads": 4} if request.param == "fused" else {}
     config = small_config.replace(lora=ADAPTED, valid_vocab=46, llm=heads)
     small = make_small(config)
-    small._forward = quick_jit(partial(apply, small.model))
+    small._forward = jax.jit(partial(apply, small.model))
     small.params[lora.ROOT] = jax.tree.map(lambda x: 0.3 * x, small.params[lora.ROOT])
     return small
 
@@ -54,28 +54,26 @@ def loss_of(small, params, block_size=16):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_the_start_the_model_is_the_old_one_to_the_bit(
-    small_config, make_small, quick_jit, dtype
-):
+def test_at_the_start_the_model_is_the_old_one_to_the_bit(small_config, make_small, dtype):
     plain = small_config.replace(compute_dtype=dtype)
     small = make_small(plain)
     config = plain.replace(lora=ADAPTED)
-    factors = quick_jit(lora.init_factors, static_argnums=0)(config, jax.random.key(3))
+    factors = jax.jit(lora.init_factors, static_argnums=0)(config, jax.random.key(3))
     flat = flatten(factors)
     assert {n.rpartition("/")[2] for n in flat} == {"a", "b", "rows"}
     for name, value in flat.items():
         assert bool(value.any()) == name.endswith("/a"), name
-    small._forward = quick_jit(partial(apply, small.model))
+    small._forward = jax.jit(partial(apply, small.model))
     expected = small.hidden()
     small.model = small.model.clone(config=config)
-    small._forward = quick_jit(partial(apply, small.model))
+    small._forward = jax.jit(partial(apply, small.model))
     small.params = {**small.params, lora.ROOT: factors}
     np.testing.assert_array_equal(small.hidden(), expected)
 
 
-def test_fresh_factors_have_the_scale_of_their_inputs(quick_jit):
+def test_fresh_factors_have_the_scale_of_their_inputs():
     config = from_variant("tiny", lora=LoraConfig(rank=64, include=EVERYTHING))
-    made = flatten(quick_jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+    made = flatten(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
     factors = {n.removeprefix("lora/"): x for n, x in made.items() if n.startswith("lora/")}
     assert {f"lora/{n}" for n in factors} == set(lora.factor_shapes(config))
     for name, value in factors.items():
@@ -86,11 +84,11 @@ def test_fresh_factors_have_the_scale_of_their_inputs(quick_jit):
 
 
 @pytest.fixture(scope="module")
-def merge(quick_jit):
-    return quick_jit(lora.merge, static_argnums=1)
+def merge():
+    return jax.jit(lora.merge, static_argnums=1)
 
 
-def test_merged_weights_give_the_same_forward_pass_loss_and_logits(adapted, merge, quick_jit):
+def test_merged_weights_give_the_same_forward_pass_loss_and_logits(adapted, merge):
     merged = merge(adapted.params, adapted.config)
     assert lora.ROOT not in merged
     assert jax.tree.map(jnp.shape, merged) == {
@@ -106,17 +104,17 @@ def test_merged_weights_give_the_same_forward_pass_loss_and_logits(adapted, merg
     adapted.params = factors
     np.testing.assert_allclose(found[0], hidden, atol=1e-5, rtol=1e-5)
     assert np.abs(found[1] - hidden).max() > 0.1
-    logits = quick_jit(partial(apply, adapted.model, method="logits"))
+    logits = jax.jit(partial(apply, adapted.model, method="logits"))
     np.testing.assert_allclose(logits(merged, hidden), logits(factors, hidden), atol=1e-5)
     assert np.abs(logits(base, hidden) - logits(factors, hidden)).max() > 0.1
-    loss = quick_jit(partial(loss_of, adapted))
+    loss = jax.jit(partial(loss_of, adapted))
     np.testing.assert_allclose(loss(merged), loss(factors), rtol=1e-5)
     # What generation works with is the merged tree.
-    kept = quick_jit(cast_for_inference, static_argnums=1)(factors, adapted.config)
+    kept = jax.jit(cast_for_inference, static_argnums=1)(factors, adapted.config)
     jax.tree.map(np.testing.assert_array_equal, kept, merged)
 
 
-def test_gradients_are_those_of_the_merged_weights(adapted, quick_jit):
+def test_gradients_are_those_of_the_merged_weights(adapted):
     base = {k: v for k, v in adapted.params.items() if k != lora.ROOT}
 
     def beside(factors):
@@ -126,7 +124,7 @@ def test_gradients_are_those_of_the_merged_weights(adapted, quick_jit):
         return loss_of(adapted, lora.merge({**base, lora.ROOT: factors}, adapted.config))
 
     factors = adapted.params[lora.ROOT]
-    ours, theirs = (flatten(quick_jit(jax.grad(f))(factors)) for f in (beside, inside))
+    ours, theirs = (flatten(jax.jit(jax.grad(f))(factors)) for f in (beside, inside))
     assert ours.keys() == {n.removeprefix("lora/") for n in lora.factor_shapes(adapted.config)}
     for name, grad in theirs.items():
         largest = np.abs(grad).max()

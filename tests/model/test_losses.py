@@ -138,7 +138,7 @@ def test_refuses_nonsense():
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("block", [7, 1000])
-def test_only_counted_tokens_are_computed(block, share, groups, quick_jit):
+def test_only_counted_tokens_are_computed(block, share, groups):
     """Values and gradients as if all were; the others cost nothing and get no gradient."""
     hidden, table, targets, _ = problem(shape=(3, 8))
     random = np.random.default_rng(1)
@@ -152,7 +152,7 @@ def test_only_counted_tokens_are_computed(block, share, groups, quick_jit):
         return (jnp.where(mask, losses, 0.0) * factor).sum()
 
     mask = counted
-    both = quick_jit(jax.value_and_grad(total, (0, 1)), static_argnums=3)
+    both = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=3)
     value, grads = both(hidden, table, counted, groups)
     expected, wanted = both(hidden, table, None, 1)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
@@ -162,7 +162,7 @@ def test_only_counted_tokens_are_computed(block, share, groups, quick_jit):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups, quick_jit):
+def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups):
     """What it is said to cost is no cost: nobody learns from it, weighted or not."""
     hidden, table, targets, _ = problem(shape=(3, 8))
     counted = jnp.asarray(np.random.default_rng(1).random((3, 8)) < 0.5)
@@ -173,7 +173,7 @@ def test_an_uncounted_token_gets_no_gradient_through_its_own_loss(groups, quick_
         )
         return losses.sum()
 
-    grad = quick_jit(jax.grad(total))(hidden)
+    grad = jax.jit(jax.grad(total))(hidden)
     assert (np.asarray(grad)[~np.asarray(counted)] == 0).all()
     assert (np.asarray(grad)[np.asarray(counted)] != 0).any()
 

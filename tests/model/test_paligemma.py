@@ -174,7 +174,7 @@ def test_padding_changes_nothing(small):
     np.testing.assert_allclose(out[1], before[1][full[1]], atol=1e-5)
 
 
-def test_remat_and_unrolling_change_nothing(small, small_config, quick_jit):
+def test_remat_and_unrolling_change_nothing(small, small_config):
     def loss_and_grads(**changes):
         model = PaliGemma(small_config.replace(**changes))
 
@@ -182,7 +182,7 @@ def test_remat_and_unrolling_change_nothing(small, small_config, quick_jit):
             out = apply(model, params, small.image, small.text, small.mask_ar)
             return jnp.square(out["hidden"]).sum() + jnp.square(out["image_features"]).mean()
 
-        value, grads = quick_jit(jax.value_and_grad(loss))(small.params)
+        value, grads = jax.jit(jax.value_and_grad(loss))(small.params)
         return value, flatten(grads)
 
     plain, plain_grads = loss_and_grads()
@@ -196,7 +196,7 @@ def test_remat_and_unrolling_change_nothing(small, small_config, quick_jit):
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])  # 4: queries, keys and values in one weight
-def test_the_text_alone_is_the_text_of_all(make_small, small_config, quick_jit, kv_heads):
+def test_the_text_alone_is_the_text_of_all(make_small, small_config, kv_heads):
     """Where layers stand side by side the last one makes less; values and gradients are equal."""
     found = {}
     config = small_config.replace(llm={"num_kv_heads": kv_heads})
@@ -210,7 +210,7 @@ def test_the_text_alone_is_the_text_of_all(make_small, small_config, quick_jit, 
             text = out["hidden"] if text_only else out["hidden"][:, small.tokens :]
             return jnp.sin(text).sum(), text
 
-        (_, text), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(small.params)
+        (_, text), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(small.params)
         assert text.shape[1] == small.text.shape[1]
         found[unroll, text_only] = text, flatten(grads)
     text, grads = found.pop((1, False))
@@ -236,9 +236,9 @@ def test_norms_compute_in_float32():
         assert exact.dtype == jnp.float32
 
 
-def test_bfloat16_stays_close_and_keeps_logits_float32(small, small_config, quick_jit):
+def test_bfloat16_stays_close_and_keeps_logits_float32(small, small_config):
     model = PaliGemma(small_config.replace(compute_dtype="bfloat16"))
-    forward = quick_jit(partial(apply, model))
+    forward = jax.jit(partial(apply, model))
     out = forward(small.params, small.image, small.text, small.mask_ar)
     assert out["hidden"].dtype == jnp.bfloat16
     logits = apply(model, small.params, out["hidden"], method="logits")
@@ -273,18 +273,18 @@ def test_wrong_image_size_and_too_long_text_are_refused(small, small_config):
     jax.eval_shape(partial(apply, free), small.params, small.image, small.text, small.mask_ar)
 
 
-def test_fresh_parameters_are_good_to_start_from(small_config, quick_jit):
+def test_fresh_parameters_are_good_to_start_from(small_config):
     """Unit-size image and text tokens and hidden states, logits near those of a fair guess."""
     config = small_config.replace(
         img={"width": 64, "mlp_dim": 128}, llm={"width": 96, "mlp_dim": 192, "vocab_size": 500}
     )
     model = PaliGemma(config)
-    params = quick_jit(lambda rng: init_params(config, rng))(jax.random.key(0))
+    params = jax.jit(lambda rng: init_params(config, rng))(jax.random.key(0))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     image = np.random.default_rng(0).uniform(-1, 1, (2, 12, 12, 3)).astype(np.float32)
     text = np.random.default_rng(0).integers(0, 500, (2, 8)).astype(np.int32)
 
-    @quick_jit
+    @jax.jit
     def run(params):
         tokens, _ = apply(model, params, image, method="embed_image")
         hidden = apply(model, params, image, text, np.ones_like(text))["hidden"]
@@ -300,7 +300,7 @@ def test_fresh_parameters_are_good_to_start_from(small_config, quick_jit):
     assert not np.allclose(layers[0], layers[1])
 
 
-def test_parameters_are_born_sharded(small_config, quick_jit):
+def test_parameters_are_born_sharded(small_config):
     devices = jax.devices()[:2]
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
 
@@ -312,7 +312,7 @@ def test_parameters_are_born_sharded(small_config, quick_jit):
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     shardings = jax.tree.map(place, param_shapes(small_config))
-    make = quick_jit(lambda rng: init_params(small_config, rng), out_shardings=shardings)
+    make = jax.jit(lambda rng: init_params(small_config, rng), out_shardings=shardings)
     params = make(jax.random.key(0))
     table = params["llm"]["embedder"]["input_embedding"]
     assert {shard.data.shape for shard in table.addressable_shards} == {(25, 24)}

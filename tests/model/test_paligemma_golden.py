@@ -162,7 +162,7 @@ def test_paligemma_loss_and_gradients(folder):
 
 
 @on_every_case
-def test_paligemma_decoding(folder, quick_jit):
+def test_paligemma_decoding(folder):
     config, cap = config_of(folder)
     model = PaliGemma(config)
     given = arrays(folder / "inputs_dec.npz")
@@ -173,19 +173,19 @@ def test_paligemma_decoding(folder, quick_jit):
     tokens = golden.get("decode_tokens")
     steps = 1 if tokens is None else tokens.shape[1]
 
-    @quick_jit
+    @jax.jit
     def prefill(params):
         hidden, cache, _ = apply(
             model, params, given["image"], given["text"], mask, steps, method="prefill"
         )
         return apply(model, params, hidden, method="logits"), cache
 
-    @quick_jit
+    @jax.jit
     def step(params, tokens, cache):
         hidden, cache = apply(model, params, tokens, cache, unstacked(params), method="decode_step")
         return apply(model, params, hidden, method="logits"), cache
 
-    @quick_jit
+    @jax.jit
     def choose(params):
         return generate(
             model, params, given["image"], given["text"], mask, max_new_tokens=steps, eos_id=-1

@@ -48,7 +48,8 @@ def executed(tmp_path_factory):
             patch.setenv(name, value)
         patch.setenv("RG_JAX_WORK", str(work))
         patch.setenv("PYTHONPATH", str(REPOSITORY))
-        patch.setenv("XLA_FLAGS", "")  # one device, as a user has
+        eight = "--xla_force_host_platform_device_count=8"
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(eight, ""))  # as a user has
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
         patch.setenv("IPYTHONDIR", str(work / "ipython"))
         made = notebook()

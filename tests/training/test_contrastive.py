@@ -18,8 +18,6 @@ from rg_jax.training.step import jit_update
 
 ROWS, TEXT = 16, 10
 # These programs are compiled more often than they are run.
-QUICK = {"xla_backend_optimization_level": "0"}
-quick = partial(jax.jit, compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,7 @@ def test_every_pair_counts_once_on_any_number_of_devices(devices):
 
     grads = {}
     for f in (ours, theirs):
-        program = quick(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True))
+        program = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True))
         grads[f] = jax.device_get(program(*given))
     ((loss, found), ours), ((loss_2, found_2), theirs) = grads.values()
     np.testing.assert_allclose(loss, loss_2, rtol=1e-6)
@@ -119,10 +117,10 @@ def test_captions_are_known_whatever_stands_before_them(batch):
 
 
 def test_a_caption_is_read_alike_wherever_it_stands(model):
-    params = quick(partial(init_params, model.config))(jax.random.key(0))
+    params = jax.jit(partial(init_params, model.config))(jax.random.key(0))
     text = np.array([[7, 8, 9, 0, 0, 0], [5, 6, 7, 8, 9, 4]], np.int32)
     valid = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0]], bool)
-    read = quick(partial(apply, model, method="embed_texts"))
+    read = jax.jit(partial(apply, model, method="embed_texts"))
     first, second = np.asarray(read(params, text, valid))
     np.testing.assert_allclose(first, second, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(first), 1, atol=1e-6)
@@ -134,7 +132,7 @@ def test_a_caption_is_read_alike_wherever_it_stands(model):
 
 def step_on(model, batch, devices):
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
-    params = flatten(quick(partial(init_params, model.config))(jax.random.key(0)))
+    params = flatten(jax.jit(partial(init_params, model.config))(jax.random.key(0)))
     rules = [("img/head/.*", None), (".*", {"decay": "constant"})]
     schedules, _ = split_names(list(params), rules)
     optimizer = Optimizer({"name": "sgd", "lr": 1.0}, schedules, 10)
@@ -145,7 +143,7 @@ def step_on(model, batch, devices):
     state = new_state(shapes, shardings, params, optimizer)
     update = jit_update(make_pair_update(model, optimizer, mesh), shardings, mesh)
     arrays = mesh_lib.to_devices(batch, mesh)
-    program = update.lower(state, arrays).compile(compiler_options=QUICK)
+    program = update.lower(state, arrays).compile()
     state, metrics = program(state, arrays)
     return params, jax.device_get(state.trainable), jax.device_get(metrics)
 
@@ -184,7 +182,7 @@ def test_the_loss_of_a_step_is_the_dense_one(model, batch, one_device):
         images = call(batch["image"], method="embed_images")
         return images, call(jnp.maximum(tokens, 0), valid, method="embed_texts")
 
-    images, texts = quick(vectors)(unflatten(params))
+    images, texts = jax.jit(vectors)(unflatten(params))
     same = (tokens[:, None] == tokens[None]).all(-1)
     assert same.sum() == ROWS + 6
     losses, found = dense(images, texts, same, 10.0, -10.0)

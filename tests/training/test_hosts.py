@@ -28,7 +28,7 @@ def start(host, port, workdir, data_dir, cache, *flags):
     # Four devices each: eight in all, as the tests have in one process.
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
         "JAX_COMPILATION_CACHE_DIR": cache,
     }
     return subprocess.Popen(

@@ -1,6 +1,7 @@
 """Masks in the training step: the same however it is cut, and free where there are none."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,8 @@ def test_generated_masks_are_those_of_the_forward_pass(whole, model):
     assert masks.shape == (3, 2, SIZE, SIZE)
     text = np.concatenate([prompt, tokens], axis=1)
     ar = (np.arange(10) >= 4).astype(np.int32)[None].repeat(3, 0)
-    forward = apply(model, params, image, text, ar)
+    forward = jax.jit(functools.partial(apply, model))(params, image, text, ar)
+    decode = jax.jit(functools.partial(apply, model, method="decode_masks"))
     features = forward["image_features"]
     for row in range(3):
         places = np.flatnonzero(tokens[row] == close)[:2]
@@ -163,9 +165,7 @@ def test_generated_masks_are_those_of_the_forward_pass(whole, model):
                 assert not masks[row, slot].any()
                 continue
             state = forward["hidden"][row, features.shape[1] + 4 + places[slot]]
-            logits = apply(
-                model, params, features[row : row + 1], state[None, None], method="decode_masks"
-            )
+            logits = decode(params, features[row : row + 1], state[None, None])
             expected = np.asarray(resize_logits(logits, (SIZE, SIZE)))[0, 0]
             sure = np.abs(expected) > 1e-3
             np.testing.assert_array_equal(masks[row, slot][sure], (expected > 0)[sure])

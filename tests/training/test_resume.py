@@ -76,7 +76,7 @@ class Runner:
         environment = {
             **os.environ,
             "KILLED_AT": killed_at,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -22,8 +22,6 @@ ROWS, TEXT, IDS = 16, 12, 90
 NO_TARGET = 3
 ALL = [(".*", {"decay": "constant"})]
 SGD = {"name": "sgd", "lr": 1.0}
-# These programs are compiled more often than they are run.
-QUICK = {"xla_backend_optimization_level": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +118,7 @@ class Setup:
         """The last metrics and gradients, and the state after the steps."""
         arrays, state = mesh_lib.to_devices(batch, self.mesh), self.state()
         if self.compiled is None:
-            self.compiled = self.step.lower(state, arrays).compile(compiler_options=QUICK)
+            self.compiled = self.step.lower(state, arrays).compile()
         for _ in range(steps):
             state, metrics = self.compiled(state, arrays)
         metrics = jax.device_get(metrics)
@@ -248,7 +246,7 @@ def _losses(model):
         rows = row_losses(model, params, batch, 64)
         return rows["text"], rows["tokens"]
 
-    return jax.jit(losses, compiler_options=QUICK)
+    return jax.jit(losses)
 
 
 def predictions_of(model, params, batch, monkeypatch):
@@ -260,7 +258,7 @@ def predictions_of(model, params, batch, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(step_lib, "blockwise_token_losses", probed)
-        program = jax.jit(lambda p, b: row_losses(model, p, b, 64)["text"], compiler_options=QUICK)
+        program = jax.jit(lambda p, b: row_losses(model, p, b, 64)["text"])
         program = program.lower(unflatten(params), batch).compile()
     return lambda batch: np.asarray(program(unflatten(params), batch))
 

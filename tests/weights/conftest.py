@@ -1,6 +1,6 @@
 """What tests of weight formats share: a small tokenizer, inputs, our forward pass."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def tokenizers(tokenizer_file):
 def _forward(config):
     model = PaliGemma(config)
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+    @jax.jit
     def run(params, image, text, mask_ar):
         out = apply(model, params, image, text, mask_ar)
         logits = apply(model, params, out["hidden"][:, -text.shape[1] :], method="logits")
